@@ -1,0 +1,159 @@
+"""The log as the core sees it: a window of entries in memory, and the terms of all of them.
+
+Rule 1: ``append`` only adds behind the last entry; only ``truncate_from`` takes entries away.
+Rule 2: an entry leaves memory only when it is durable and applied; older ones are read from disk
+by the driver, so ``entries`` answers None for them instead of reaching for a file.
+Rule 3: ``term_at`` knows every index of the log, in memory or not: terms come in runs, and a year
+of elections is a short list of runs.
+
+Called only by ``raft_core.py``. No I/O. On disk the same log is ``replication_log.py``.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+
+from raft_types import ENTRY_OVERHEAD_BYTES, Entry
+
+# What a healthy follower or a restarted applier may lag before the driver has to read the disk.
+WINDOW_BYTES_MAX = 16 * 1024 * 1024
+
+
+def entry_bytes(entry: Entry) -> int:
+    """What ``entry`` takes on the wire and on disk."""
+    return len(entry.data) + ENTRY_OVERHEAD_BYTES
+
+
+class RaftLog:
+    """Entries ``first_index..last_index``, of which the newest are in memory."""
+
+    def __init__(
+        self,
+        last_index: int = 0,
+        term_runs: Sequence[tuple[int, int]] = (),
+        tail: Sequence[Entry] = (),
+        *,
+        window_bytes_max: int = WINDOW_BYTES_MAX,
+    ) -> None:
+        assert not tail or tail[-1].index == last_index
+        self.last_index = last_index
+        # Durable on this server's disk up to here; never above last_index.
+        self.stable_index = last_index
+        # Handed out in a Ready, so on its way to the disk; stable <= handed <= last.
+        self._handed_index = last_index
+        # (first index, term) of each run of equal terms, by ascending index.
+        self._run_starts = [start for start, _ in term_runs]
+        self._run_terms = [term for _, term in term_runs]
+        # Entries _window_first..last_index.
+        self._window = list(tail)
+        self._window_first = last_index - len(tail) + 1
+        self._window_bytes = sum(map(entry_bytes, tail))
+        self._window_bytes_max = window_bytes_max
+
+    @property
+    def last_term(self) -> int:
+        """The term of the last entry; 0 for the empty log."""
+        return self._run_terms[-1] if self._run_terms else 0
+
+    def term_at(self, index: int) -> int:
+        """The term of the entry at ``index``; 0 for index 0. IndexError beyond the last entry."""
+        if index > self.last_index or index < 0:
+            raise IndexError(f"no entry {index}: the log ends at {self.last_index}")
+        if index == 0:
+            return 0
+        if index >= self._run_starts[-1]:
+            return self._run_terms[-1]
+        return self._run_terms[bisect_right(self._run_starts, index) - 1]
+
+    def matches(self, index: int, term: int) -> bool:
+        """Whether the log holds an entry of ``term`` at ``index`` (0 and 0 always match)."""
+        return index <= self.last_index and self.term_at(index) == term
+
+    def is_up_to_date(self, last_index: int, last_term: int) -> bool:
+        """Whether a log that ends so is at least as up to date as this one. Source: paper 5.4.1."""
+        return (last_term, last_index) >= (self.last_term, self.last_index)
+
+    def last_index_up_to_term(self, index: int, term: int) -> int:
+        """The highest index <= ``index`` whose entry's term is <= ``term``.
+
+        With it both sides of a refused append skip whole terms. Source: paper 5.3.
+        """
+        index = min(index, self.last_index)
+        while index > 0 and self.term_at(index) > term:
+            run = bisect_right(self._run_starts, index) - 1
+            index = self._run_starts[run] - 1
+        return index
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """Add entries right behind the last one."""
+        for entry in entries:
+            assert entry.index == self.last_index + 1
+            if entry.term != self.last_term:
+                assert entry.term > self.last_term
+                self._run_starts.append(entry.index)
+                self._run_terms.append(entry.term)
+            self.last_index = entry.index
+            self._window_bytes += entry_bytes(entry)
+        self._window.extend(entries)
+
+    def truncate_from(self, index: int) -> None:
+        """Drop the entries from ``index`` on: they conflict with the leader's."""
+        assert 0 < index <= self.last_index
+        self.last_index = index - 1
+        self.stable_index = min(self.stable_index, self.last_index)
+        self._handed_index = min(self._handed_index, self.last_index)
+        while self._run_starts and self._run_starts[-1] >= index:
+            self._run_starts.pop()
+            self._run_terms.pop()
+        if index < self._window_first:
+            self._window_first = index
+        del self._window[index - self._window_first :]
+        self._window_bytes = sum(map(entry_bytes, self._window))
+
+    def entries(self, first: int, bytes_max: int) -> tuple[Entry, ...] | None:
+        """Entries from ``first`` on, at least one, then up to ``bytes_max``; None: not in memory."""
+        if first < self._window_first:
+            return None
+        start = first - self._window_first
+        if self._window_bytes <= bytes_max:  # the usual case: no need to add up
+            return tuple(self._window[start:])
+        total = 0
+        for position in range(start, len(self._window)):
+            total += entry_bytes(self._window[position])
+            if total > bytes_max and position > start:
+                return tuple(self._window[start:position])
+        return tuple(self._window[start:])
+
+    # ---- To the disk ----
+
+    @property
+    def has_unwritten(self) -> bool:
+        """Whether there are entries that no Ready has carried yet."""
+        return self._handed_index < self.last_index
+
+    def take_unwritten(self) -> tuple[Entry, ...]:
+        """The entries that are to be written next, each handed out once."""
+        entries = tuple(self._window[self._handed_index + 1 - self._window_first :])
+        self._handed_index = self.last_index
+        return entries
+
+    def written(self, last: Entry) -> None:
+        """Everything up to ``last`` is on disk, unless it was truncated meanwhile."""
+        if self.matches(last.index, last.term):
+            self.stable_index = max(self.stable_index, last.index)
+
+    def trim(self, applied_index: int) -> None:
+        """Let go of durable, applied entries once the window is over its budget.
+
+        Trims to half the budget, so that the cost of moving the list is paid rarely.
+        """
+        if self._window_bytes <= self._window_bytes_max:
+            return
+        droppable = min(applied_index, self.stable_index) - self._window_first + 1
+        drop = 0
+        while drop < droppable and self._window_bytes > self._window_bytes_max // 2:
+            self._window_bytes -= entry_bytes(self._window[drop])
+            drop += 1
+        del self._window[:drop]
+        self._window_first += drop
