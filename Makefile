@@ -1,0 +1,26 @@
+# `make` alone prints the targets. PYTHON is the active virtual environment's, else .venv's, else python3.
+ifdef VIRTUAL_ENV
+PYTHON ?= $(VIRTUAL_ENV)/bin/python
+else
+PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help check test test-all bench
+
+help:  ## print this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
+
+check:  ## formatting, lint and types
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
+
+test:  ## the fast tests: no server processes
+	$(PYTHON) -m pytest -m "not slow and not cluster"
+
+test-all:  ## every test, on real processes too
+	$(PYTHON) -m pytest
+
+bench:  ## this cluster, etcd and Redis under the same load
+	$(PYTHON) -m benchmarks.compare
