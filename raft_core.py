@@ -1,0 +1,723 @@
+"""Raft as a pure state machine: ``tick``, ``step``, ``propose`` and ``read_index`` in, values out.
+
+Rule 1: every decision of the algorithm lives in this file (and ``raft_progress.py``).
+Rule 2: no socket, disk, thread, lock, clock or global random: time is a count of ticks, chance is
+the ``random.Random`` it is given. The same calls give the same results.
+Rule 3: what must be durable comes out of ``ready`` together with the messages that may only leave
+after it; ``advance`` says that it is durable. A server counts its own vote and its own copy of an
+entry only then (raft-traps T1, T4, T5).
+Rule 4: an assertion that fails is a bug of ours or a broken disk; the process must stop.
+
+Out come, each pulled by the driver's thread that does the work: ``ready`` (disk, then replies and
+votes), ``append_for`` (the next AppendEntries to a follower: pulled, so that all that has gathered
+goes in one), ``entries_to_apply``, ``take_reads``.
+
+Figures and sections: "paper" is Ongaro and Ousterhout 2014, "thesis" Ongaro 2014.
+The driver is ``raft_node.py``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+from raft_log import RaftLog, entry_bytes
+from raft_progress import Progress, ProgressState
+from raft_types import (
+    AppendEntries,
+    AppendReply,
+    Entry,
+    EntryKind,
+    HardState,
+    Member,
+    MemberId,
+    Membership,
+    Message,
+    Ready,
+    Role,
+    VoteReply,
+    VoteRequest,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class RaftConfig:
+    """Times in ticks, sizes in bytes."""
+
+    heartbeat_ticks: int
+    # A timeout is drawn anew from min..max for each election (paper 5.2).
+    election_ticks_min: int
+    election_ticks_max: int
+    # The pause instead of a timeout once the leader's process is known to be dead; it doubles with
+    # each attempt that fails.
+    dead_leader_ticks_min: int = 2
+    dead_leader_ticks_max: int = 15
+    append_bytes_max: int = 1024 * 1024
+    # Proposals beyond this wait for commits (raft-traps T34).
+    uncommitted_bytes_max: int = 128 * 1024 * 1024
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heartbeat_ticks < self.election_ticks_min <= self.election_ticks_max:
+            raise ValueError("needs 0 < heartbeat < election min <= election max, in ticks")
+
+
+class NotLeaderError(Exception):
+    """This server does not lead; nothing was appended."""
+
+
+class TooMuchUncommittedError(Exception):
+    """The log's uncommitted end is at its limit; nothing was appended."""
+
+
+class MembershipChangeRefusedError(Exception):
+    """A change of membership can't start now; nothing was appended."""
+
+
+@dataclass(frozen=True, slots=True)
+class EntriesOnDisk:
+    """Instead of an append: read entries from ``first`` on from the disk, then ``append_with``."""
+
+    first: int
+    last: int
+
+
+# Attempts with the short pause after the leader's death, before falling back to the timeout.
+DEAD_LEADER_ATTEMPTS_MAX = 5
+
+
+class RaftCore:
+    """One server's part in Raft."""
+
+    def __init__(
+        self,
+        member_id: MemberId,
+        config: RaftConfig,
+        log: RaftLog,
+        hard_state: HardState,
+        memberships: Sequence[tuple[int, Membership]],
+        rng: random.Random,
+    ) -> None:
+        self.member_id = member_id
+        self.config = config
+        self.log = log
+        self._rng = rng
+        # Persistent (paper figure 2). Changes leave through ``ready`` before any message does.
+        self.term = hard_state.term
+        self.voted_for = hard_state.voted_for
+        self._saved_hard_state = hard_state
+        # Every membership in the log, with its index; the last one is in force as soon as it is
+        # appended, and goes when its entry is truncated (thesis 4.1, raft-traps T62).
+        self._memberships = list(memberships)
+        self.membership = self._memberships[-1][1] if self._memberships else Membership()
+        # Volatile.
+        self.role = Role.FOLLOWER
+        self.leader_id: MemberId | None = None
+        self.commit_index = 0
+        self.may_campaign = True
+        self._messages: list[Message] = []
+        self._ready_out: Ready | None = None
+        self._votes: dict[MemberId, bool] = {}
+        self._now_ticks = 0
+        self._dead_leader_attempts = 0  # left with the short pause
+        # Ticks since a leader was heard, a vote was granted or a campaign began.
+        self._election_elapsed_ticks = 0
+        self._election_timeout_ticks = 0
+        self._reset_election_timer()
+        # Of the leader.
+        self.progress: dict[MemberId, Progress] = {}
+        self.truncated_count = 0  # entries this server ever had to give up, for the driver's log
+        self._heartbeat_elapsed_ticks = 0
+        self._term_first_index = 0  # the index of this leadership's no-op
+        self._uncommitted: deque[tuple[int, int]] = deque()  # (last index, bytes) by proposal
+        self._uncommitted_bytes = 0
+        self.round = 0  # heartbeat rounds begun in this leadership
+        self._reads_waiting: list[Hashable] = []  # for a round that has not begun
+        self._reads_in_round: list[Hashable] = []
+        self._read_round = 0  # the round that answers them; 0: none under way
+        self._read_index = 0
+        self._reads_done: list[tuple[int, list[Hashable]]] = []
+
+    # ---- Time ----------------------------------------------------------------------------------
+
+    def tick(self) -> None:
+        """One tick has passed."""
+        self._now_ticks += 1
+        if self.role is Role.LEADER:
+            self._tick_leader()
+            return
+        self._election_elapsed_ticks += 1
+        if self._election_elapsed_ticks >= self._election_timeout_ticks:
+            self._dead_leader_attempts = max(0, self._dead_leader_attempts - 1)
+            self._reset_election_timer()
+            if self.may_campaign and self.membership.is_voter(self.member_id):
+                self._campaign(pre_vote=True)
+
+    def _tick_leader(self) -> None:
+        self._heartbeat_elapsed_ticks += 1
+        if self._heartbeat_elapsed_ticks >= self.config.heartbeat_ticks:
+            self._start_round()
+        oldest = self._now_ticks - self.config.election_ticks_min
+        heard = [m for m, progress in self.progress.items() if progress.heard_ticks > oldest]
+        if not self.membership.has_quorum([self.member_id, *heard]):
+            # Check-quorum: clients must not hang on a leader that is cut off (thesis 6.2).
+            self._become_follower(self.term, None)
+            return
+        self._promote_learner()
+
+    def _reset_election_timer(self) -> None:
+        # Randomised anew each time so that split votes are rare: paper 5.2, thesis 3.4.
+        self._election_elapsed_ticks = 0
+        low, high = self.config.election_ticks_min, self.config.election_ticks_max
+        if self._dead_leader_attempts > 0:
+            scale = 1 << (DEAD_LEADER_ATTEMPTS_MAX - self._dead_leader_attempts)
+            low = min(self.config.dead_leader_ticks_min * scale, low)
+            high = min(self.config.dead_leader_ticks_max * scale, high)
+        self._election_timeout_ticks = self._rng.randint(low, high)
+
+    def leader_died(self, member_id: MemberId) -> None:
+        """There is evidence that this member's process is gone, not merely silent.
+
+        If it led, this server no longer waits out the timeout, nor holds others to it: a campaign
+        follows after a short random pause. Safety does not rest on the evidence.
+        """
+        if self.role is not Role.LEADER and self.leader_id == member_id:
+            self.leader_id = None
+            self._dead_leader_attempts = DEAD_LEADER_ATTEMPTS_MAX
+            self._reset_election_timer()
+
+    # ---- Roles ---------------------------------------------------------------------------------
+
+    def _become_follower(self, term: int, leader_id: MemberId | None) -> None:
+        assert term >= self.term
+        if term > self.term:
+            self.term = term
+            self.voted_for = None  # never within a term: raft-traps T3
+        if self.role is Role.LEADER:
+            self._reset_election_timer()
+        self.role = Role.FOLLOWER
+        self.leader_id = leader_id
+        self._votes = {}
+        # Of a leadership that is over. The driver tells those who wait.
+        self.progress = {}
+        self._uncommitted.clear()
+        self._uncommitted_bytes = 0
+        self._read_round = 0
+        self._reads_waiting = []
+        self._reads_in_round = []
+
+    def _campaign(self, *, pre_vote: bool) -> None:
+        """Ask for votes, or first whether an election could be won at all (thesis 9.6)."""
+        self.leader_id = None
+        self._votes = {}
+        if pre_vote:
+            self.role = Role.PRE_CANDIDATE
+            self._votes[self.member_id] = True
+            if self.membership.has_quorum(self._votes):
+                self._campaign(pre_vote=False)
+                return
+        else:
+            self.role = Role.CANDIDATE
+            self.term += 1
+            self.voted_for = self.member_id  # counted in ``advance``, when it is on disk
+        for voter in self.membership.voters:
+            if voter != self.member_id:
+                self._messages.append(
+                    VoteRequest(
+                        sender=self.member_id,
+                        to=voter,
+                        term=self.term + 1 if pre_vote else self.term,
+                        last_index=self.log.last_index,
+                        last_term=self.log.last_term,
+                        pre_vote=pre_vote,
+                    )
+                )
+
+    def _become_leader(self) -> None:
+        assert self.role is Role.CANDIDATE
+        assert self.membership.has_quorum(m for m, granted in self._votes.items() if granted)
+        self.role = Role.LEADER
+        self.leader_id = self.member_id
+        self._dead_leader_attempts = 0
+        self._heartbeat_elapsed_ticks = 0
+        self.round = 0
+        self.progress = {}
+        self._update_progress()
+        # Only an entry of its own term lets a leader commit what came before (paper 5.4.2) and
+        # know the commit index that reads must reach (thesis 6.4).
+        self._term_first_index = self._append(EntryKind.NOOP, [b""])
+
+    def step_down(self) -> None:
+        """Stop leading, and do not stand again: this server's state machine can't be trusted."""
+        self.may_campaign = False
+        if self.role is not Role.FOLLOWER:
+            self._become_follower(self.term, None)
+
+    # ---- Messages ------------------------------------------------------------------------------
+
+    def step(self, message: Message) -> None:
+        """Take in a message from a peer."""
+        if message.term > self.term:
+            if not self._accept_newer_term(message):
+                return
+        elif message.term < self.term:
+            self._answer_older_term(message)
+            return
+        match message:
+            case AppendEntries():
+                self._on_append(message)
+            case AppendReply():
+                self._on_append_reply(message)
+            case VoteRequest():
+                self._on_vote_request(message)
+            case VoteReply():
+                self._on_vote_reply(message)
+            case _:
+                raise TypeError(f"not a message for the core: {message}")
+
+    def _accept_newer_term(self, message: Message) -> bool:
+        """Move to the message's term if it has the right to move us; False: ignore it."""
+        match message:
+            case VoteRequest() if self._hears_leader:
+                # Leader stickiness: no one disturbs a leader that works (thesis 4.2.3).
+                return False
+            case VoteRequest(pre_vote=True) | VoteReply(pre_vote=True, granted=True):
+                return True  # a term that is only asked about; ours stays
+            case AppendEntries():
+                self._become_follower(message.term, message.sender)
+            case _:
+                self._become_follower(message.term, None)
+        return True
+
+    @property
+    def _hears_leader(self) -> bool:
+        if self.role is Role.LEADER:
+            return True
+        return (
+            self.leader_id is not None
+            and self._election_elapsed_ticks < self.config.election_ticks_min
+        )
+
+    def _answer_older_term(self, message: Message) -> None:
+        """Tell a stale leader or candidate our term; stale answers are dropped (T18, T30)."""
+        match message:
+            case AppendEntries():
+                self._refuse_append(message, 0, 0)
+            case VoteRequest():
+                self._answer_vote(message, granted=False)
+
+    # ---- Election (paper 5.2 and 5.4.1, thesis 9.6) ----
+
+    def _on_vote_request(self, message: VoteRequest) -> None:
+        up_to_date = self.log.is_up_to_date(message.last_index, message.last_term)
+        if message.pre_vote:
+            # Changes nothing here: not the term, the vote or the timer.
+            granted = up_to_date and message.term > self.term and not self._hears_leader
+        else:
+            granted = up_to_date and self.voted_for in (None, message.sender)
+            granted = granted and self.leader_id is None
+            if granted:
+                self.voted_for = message.sender
+                self._election_elapsed_ticks = 0
+        self._answer_vote(message, granted=granted)
+
+    def _answer_vote(self, request: VoteRequest, *, granted: bool) -> None:
+        term = request.term if granted else self.term
+        self._messages.append(
+            VoteReply(self.member_id, request.sender, term, granted, request.pre_vote)
+        )
+
+    def _on_vote_reply(self, message: VoteReply) -> None:
+        if message.pre_vote:
+            if self.role is not Role.PRE_CANDIDATE:
+                return
+            if message.granted and message.term != self.term + 1:
+                return
+        elif self.role is not Role.CANDIDATE:
+            return
+        self._count_vote(message.sender, message.granted)
+
+    def _count_vote(self, voter: MemberId, granted: bool) -> None:
+        self._votes[voter] = granted  # by voter, so that a repeated answer counts once (T15)
+        if self.membership.has_quorum(m for m, yes in self._votes.items() if yes):
+            if self.role is Role.PRE_CANDIDATE:
+                self._campaign(pre_vote=False)
+            else:
+                self._become_leader()
+        elif self.membership.has_quorum(m for m, yes in self._votes.items() if not yes):
+            self._become_follower(self.term, None)
+
+    # ---- Replication, the follower's side (paper 5.3) ----
+
+    def _on_append(self, message: AppendEntries) -> None:
+        assert self.role is not Role.LEADER, f"two leaders in term {self.term}"
+        if self.role is not Role.FOLLOWER or self.leader_id is None:
+            self._become_follower(self.term, message.sender)
+        assert self.leader_id == message.sender, f"two leaders in term {self.term}"
+        self._election_elapsed_ticks = 0
+        self._dead_leader_attempts = 0
+        log = self.log
+        if not log.matches(message.prev_index, message.prev_term):
+            index = log.last_index_up_to_term(message.prev_index, message.prev_term)
+            self._refuse_append(message, index, log.term_at(index))
+            return
+        self._merge(message.entries)
+        last_verified = message.prev_index + len(message.entries)
+        # Bounded by what this very message has verified (paper figure 2, raft-traps T28).
+        self._commit_to(min(message.commit_index, last_verified))
+        if message.entries or message.round:
+            self._messages.append(
+                AppendReply(
+                    sender=self.member_id,
+                    to=message.sender,
+                    term=self.term,
+                    success=True,
+                    match_index=last_verified,
+                    round=message.round,
+                )
+            )
+
+    def _merge(self, entries: Sequence[Entry]) -> None:
+        """Add what is new; truncate only from the first entry that conflicts (raft-traps T27)."""
+        for position, entry in enumerate(entries):
+            if entry.index > self.log.last_index:
+                self._append_entries(entries[position:])
+                return
+            if self.log.term_at(entry.index) != entry.term:
+                self._truncate_from(entry.index)
+                self._append_entries(entries[position:])
+                return
+
+    def _truncate_from(self, index: int) -> None:
+        assert index > self.commit_index, "a committed entry must never be replaced"
+        self.truncated_count += self.log.last_index - index + 1
+        self.log.truncate_from(index)
+        while self._memberships and self._memberships[-1][0] >= index:
+            self._memberships.pop()
+        self._use_latest_membership()
+
+    def _refuse_append(self, request: AppendEntries, hint_index: int, hint_term: int) -> None:
+        self._messages.append(
+            AppendReply(
+                sender=self.member_id,
+                to=request.sender,
+                term=self.term,
+                success=False,
+                match_index=0,
+                round=request.round,
+                prev_index=request.prev_index,
+                hint_index=hint_index,
+                hint_term=hint_term,
+            )
+        )
+
+    # ---- Replication, the leader's side (paper 5.3, 5.4.2) ----
+
+    def _on_append_reply(self, message: AppendReply) -> None:
+        progress = self.progress.get(message.sender)
+        if progress is None:
+            return
+        progress.heard_ticks = self._now_ticks
+        progress.acked_round = max(progress.acked_round, message.round)
+        if message.success:
+            assert message.match_index <= self.log.last_index
+            if progress.matched(message.match_index):
+                self._advance_commit()
+        elif message.prev_index > progress.match_index and (
+            progress.state is ProgressState.REPLICATE
+            or message.prev_index == progress.next_index - 1
+        ):
+            # Refused, and not by a stale answer: back up to where terms can agree.
+            agreed = self.log.last_index_up_to_term(message.hint_index, message.hint_term)
+            progress.probe_from(agreed + 1)
+        self._finish_read_round()
+
+    def _advance_commit(self) -> None:
+        match = {member: progress.match_index for member, progress in self.progress.items()}
+        match[self.member_id] = self.log.stable_index
+        index = self.membership.majority_index(match)
+        # Only entries of the own term are committed by counting (paper 5.4.2, figure 8).
+        if index >= self._term_first_index:
+            self._commit_to(index)
+
+    def _commit_to(self, index: int) -> None:
+        if index <= self.commit_index:
+            return
+        assert index <= self.log.last_index
+        self.commit_index = index
+        while self._uncommitted and self._uncommitted[0][0] <= index:
+            self._uncommitted_bytes -= self._uncommitted.popleft()[1]
+        if self._reads_waiting:
+            self._start_read_round()
+
+    def wants_append(self, member_id: MemberId) -> bool:
+        """Whether ``append_for`` would give something for this member."""
+        progress = self.progress.get(member_id)
+        return progress is not None and (
+            self._may_carry_entries(progress) or self._is_due(progress)
+        )
+
+    def _may_carry_entries(self, progress: Progress) -> bool:
+        return progress.next_index <= self.log.last_index and progress.may_send_entries
+
+    def _is_due(self, progress: Progress) -> bool:
+        """A round has begun that this follower hasn't seen, or a commit it does not know of."""
+        if progress.sent_round < self.round:
+            return True
+        known = progress.next_index - 1
+        return (
+            progress.state is ProgressState.REPLICATE
+            and min(self.commit_index, known) > progress.sent_commit
+        )
+
+    def append_for(self, member_id: MemberId) -> AppendEntries | EntriesOnDisk | None:
+        """The next message for this follower, all in one; None: nothing is due."""
+        progress = self.progress.get(member_id)
+        if progress is None:
+            return None
+        if self._may_carry_entries(progress):
+            entries = self.log.entries(progress.next_index, self.config.append_bytes_max)
+            if entries is None:
+                return EntriesOnDisk(progress.next_index, self.log.last_index)
+            return self._append_message(member_id, progress, entries)
+        if self._is_due(progress):
+            return self._append_message(member_id, progress, ())
+        return None
+
+    def append_with(self, member_id: MemberId, entries: Sequence[Entry]) -> AppendEntries | None:
+        """``append_for`` with entries that the driver read from disk.
+
+        None if they are no longer what this follower needs: a new term, or news from it.
+        """
+        progress = self.progress.get(member_id)
+        if progress is None or not entries or entries[0].index != progress.next_index:
+            return None
+        last = entries[-1]
+        if not self._may_carry_entries(progress) or not self.log.matches(last.index, last.term):
+            return None
+        return self._append_message(member_id, progress, tuple(entries))
+
+    def _append_message(
+        self, member_id: MemberId, progress: Progress, entries: tuple[Entry, ...]
+    ) -> AppendEntries:
+        prev_index = progress.next_index - 1
+        heartbeat = self.round if progress.sent_round < self.round else 0
+        progress.sent_round = self.round
+        size_bytes = sum(map(entry_bytes, entries))
+        progress.sent(prev_index, prev_index + len(entries), size_bytes, self.commit_index)
+        return AppendEntries(
+            sender=self.member_id,
+            to=member_id,
+            term=self.term,
+            prev_index=prev_index,
+            prev_term=self.log.term_at(prev_index),
+            entries=entries,
+            commit_index=self.commit_index,
+            round=heartbeat,
+        )
+
+    def link_up(self, member_id: MemberId) -> None:
+        """A new connection to this member: what was in flight on the old one is lost."""
+        progress = self.progress.get(member_id)
+        if progress is not None:
+            progress.probe_from(
+                progress.match_index + 1 if progress.match_index else progress.next_index
+            )
+            progress.sent_round = 0  # repeat the present round: its message may be lost too
+
+    # ---- Proposals -----------------------------------------------------------------------------
+
+    def propose(self, payloads: Sequence[bytes]) -> int:
+        """Append commands and return the index of the first.
+
+        Raises NotLeaderError or TooMuchUncommittedError; then nothing was appended.
+        """
+        if self.role is not Role.LEADER:
+            raise NotLeaderError
+        if self._uncommitted_bytes >= self.config.uncommitted_bytes_max:
+            raise TooMuchUncommittedError
+        return self._append(EntryKind.COMMAND, payloads)
+
+    def _append(self, kind: EntryKind, payloads: Sequence[bytes]) -> int:
+        first, term = self.log.last_index + 1, self.term
+        entries = [Entry(first + i, term, kind, data) for i, data in enumerate(payloads)]
+        size_bytes = sum(map(entry_bytes, entries))
+        self._uncommitted.append((entries[-1].index, size_bytes))
+        self._uncommitted_bytes += size_bytes
+        self._append_entries(entries)
+        return first
+
+    def _append_entries(self, entries: Sequence[Entry]) -> None:
+        self.log.append(entries)
+        for entry in entries:
+            if entry.kind is EntryKind.MEMBERSHIP:
+                self._memberships.append((entry.index, Membership.decode(entry.data)))
+                self._use_latest_membership()
+
+    # ---- Reads (thesis 6.4) --------------------------------------------------------------------
+
+    def read_index(self, token: Hashable) -> None:
+        """Ask for an index at which a read is linearizable; ``take_reads`` gives it later.
+
+        Raises NotLeaderError. A token that waits when the leadership ends is never given.
+        """
+        if self.role is not Role.LEADER:
+            raise NotLeaderError
+        self._reads_waiting.append(token)
+        self._start_read_round()
+
+    @property
+    def committed_in_own_term(self) -> bool:
+        """Whether this leader's commit index is known to be the cluster's."""
+        return self.role is Role.LEADER and self.commit_index >= self._term_first_index
+
+    def _start_read_round(self) -> None:
+        # One round at a time: what arrives meanwhile shares the next one. It begins only now, so
+        # its answers prove leadership after each of these reads arrived (raft-traps T47).
+        if self._read_round or not self._reads_waiting or not self.committed_in_own_term:
+            return
+        self._start_round()
+        self._read_round = self.round
+        self._read_index = self.commit_index
+        self._reads_in_round, self._reads_waiting = self._reads_waiting, []
+        self._finish_read_round()  # at once where this server alone is the majority
+
+    def _start_round(self) -> None:
+        self.round += 1
+        self._heartbeat_elapsed_ticks = 0
+
+    @property
+    def confirmed_round(self) -> int:
+        """The newest round that a majority has answered in this leadership."""
+        acked = {member: progress.acked_round for member, progress in self.progress.items()}
+        acked[self.member_id] = self.round
+        return self.membership.majority_index(acked)
+
+    def _finish_read_round(self) -> None:
+        if self._read_round and self.confirmed_round >= self._read_round:
+            self._reads_done.append((self._read_index, self._reads_in_round))
+            self._read_round = 0
+            self._reads_in_round = []
+            self._start_read_round()
+
+    def take_reads(self) -> list[tuple[int, list[Hashable]]]:
+        """(read index, tokens): each may read once the state machine has applied that index."""
+        done, self._reads_done = self._reads_done, []
+        return done
+
+    # ---- Membership (thesis 4) -----------------------------------------------------------------
+
+    def add_learner(self, member: Member) -> int:
+        """Append a membership with ``member`` as a learner; returns the entry's index.
+
+        It is promoted by itself once it has caught up. Raises NotLeaderError or
+        MembershipChangeRefusedError.
+        """
+        assert not member.voter
+        return self._propose_membership(self.membership.with_member(member))
+
+    def _propose_membership(self, membership: Membership) -> int:
+        if self.role is not Role.LEADER:
+            raise NotLeaderError
+        if not self._may_change_membership:
+            raise MembershipChangeRefusedError("another change is under way; try again")
+        return self._append(EntryKind.MEMBERSHIP, [membership.encode()])
+
+    @property
+    def _may_change_membership(self) -> bool:
+        # One at a time, and none before an entry of the own term is committed: without it two
+        # leaders could use majorities that do not meet (thesis 4.1, raft-traps T61).
+        latest = self._memberships[-1][0] if self._memberships else 0
+        return self.committed_in_own_term and latest <= self.commit_index
+
+    def _use_latest_membership(self) -> None:
+        self.membership = self._memberships[-1][1] if self._memberships else Membership()
+        if self.role is Role.LEADER:
+            self._update_progress()
+
+    def _update_progress(self) -> None:
+        for member in self.membership.members:
+            if member.member_id != self.member_id and member.member_id not in self.progress:
+                self.progress[member.member_id] = Progress(self.log.last_index + 1, self._now_ticks)
+
+    def _promote_learner(self) -> None:
+        """Give a learner its vote once a round of catching up took less than a timeout.
+
+        Source: thesis 4.2.1.
+        """
+        for member in self.membership.members:
+            if member.voter or member.member_id == self.member_id:
+                continue
+            progress = self.progress[member.member_id]
+            if progress.match_index < progress.catch_up_index or not progress.match_index:
+                continue
+            ticks = self._now_ticks - progress.catch_up_since_ticks
+            if ticks < self.config.election_ticks_min and self._may_change_membership:
+                promoted = self.membership.with_member(member._replace(voter=True))
+                self._propose_membership(promoted)
+                return
+            progress.catch_up_index = self.log.last_index
+            progress.catch_up_since_ticks = self._now_ticks
+
+    # ---- To the disk, to the state machine -----------------------------------------------------
+
+    @property
+    def has_ready(self) -> bool:
+        """Whether ``ready`` would give something."""
+        return self._ready_out is None and (
+            bool(self._messages)
+            or self.log.has_unwritten
+            or self._saved_hard_state != (self.term, self.voted_for)
+        )
+
+    def ready(self) -> Ready | None:
+        """What to write and then send; the next one comes only after ``advance``."""
+        if not self.has_ready:
+            return None
+        hard_state = HardState(self.term, self.voted_for)
+        messages, self._messages = tuple(self._messages), []
+        self._ready_out = Ready(
+            hard_state=hard_state if hard_state != self._saved_hard_state else None,
+            entries=self.log.take_unwritten(),
+            messages=messages,
+        )
+        return self._ready_out
+
+    def advance(self, ready: Ready) -> None:
+        """``ready`` is durable (and its messages may be sent)."""
+        assert ready is self._ready_out
+        self._ready_out = None
+        if ready.hard_state is not None:
+            self._saved_hard_state = ready.hard_state
+            if self.role is Role.CANDIDATE and ready.hard_state == (self.term, self.member_id):
+                self._count_vote(self.member_id, True)
+        if ready.entries:
+            self.log.written(ready.entries[-1])
+            if self.role is Role.LEADER:
+                self._advance_commit()
+
+    def entries_to_apply(self, first: int, bytes_max: int) -> tuple[Entry, ...] | None:
+        """Committed entries from ``first`` on; None: read them from disk."""
+        entries = self.log.entries(first, bytes_max)
+        if entries and entries[-1].index > self.commit_index:
+            return entries[: self.commit_index - first + 1]
+        return entries
+
+    def applied_to(self, index: int) -> None:
+        """The state machine has applied up to ``index``: memory before it may be let go."""
+        assert index <= self.commit_index
+        self.log.trim(index)
+
+    def check_invariants(self) -> None:
+        """What holds between any two calls. Source: paper figure 3, fault-model I5 and I7."""
+        log = self.log
+        assert self.commit_index <= log.last_index
+        assert log.stable_index <= log.last_index
+        assert log.last_term <= self.term
+        assert self._saved_hard_state.term <= self.term
+        if self.role is Role.LEADER:
+            assert self.leader_id == self.member_id
+            assert self.voted_for == self.member_id
+            for progress in self.progress.values():
+                assert progress.match_index < progress.next_index <= log.last_index + 1

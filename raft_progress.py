@@ -1,0 +1,90 @@
+"""What the leader knows of one follower, and when it may be sent more.
+
+A follower is *probed* (one message, then wait for the answer) until the leader knows where their
+logs agree; after that entries are *replicated* ahead of the answers, up to a window in flight.
+
+Carved out of ``raft_core.py``, the only caller. No I/O.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from enum import Enum
+
+# Appends with entries that may wait for their answer at one follower. More would only queue in
+# the follower's socket: the next append carries all that has gathered anyway.
+INFLIGHT_MESSAGES_MAX = 16
+INFLIGHT_BYTES_MAX = 8 * 1024 * 1024
+
+
+class ProgressState(Enum):
+    """Whether the point of agreement is still searched for, or known."""
+
+    PROBE = "probe"
+    REPLICATE = "replicate"
+
+
+class Progress:
+    """One follower in the current leadership. Invariant: match_index < next_index."""
+
+    def __init__(self, next_index: int, now_ticks: int) -> None:
+        self.state = ProgressState.PROBE
+        # The follower's disk is known to equal our log up to here; it never goes back.
+        self.match_index = 0
+        # The next entry to send.
+        self.next_index = next_index
+        # PROBE: a message is under way, so wait for its answer or the next heartbeat.
+        self.probe_sent = False
+        # The highest commit index that a message told the follower.
+        self.sent_commit = 0
+        # The newest heartbeat round sent, and the newest answered.
+        self.sent_round = 0
+        self.acked_round = 0
+        # When the follower last answered, in the leader's ticks (check-quorum, thesis 6.2).
+        self.heard_ticks = now_ticks
+        # A learner's present round of catching up: where it ends, when it began (thesis 4.2.1).
+        self.catch_up_index = next_index - 1
+        self.catch_up_since_ticks = now_ticks
+        self._inflight: deque[tuple[int, int]] = deque()  # (last index, bytes), ascending
+        self._inflight_bytes = 0
+
+    @property
+    def may_send_entries(self) -> bool:
+        """Whether one more append with entries may go out now."""
+        if self.state is ProgressState.PROBE:
+            return not self.probe_sent
+        return (
+            len(self._inflight) < INFLIGHT_MESSAGES_MAX
+            and self._inflight_bytes < INFLIGHT_BYTES_MAX
+        )
+
+    def sent(self, prev_index: int, last_index: int, size_bytes: int, commit_index: int) -> None:
+        """An append of the entries ``prev_index + 1 .. last_index`` is on its way."""
+        self.sent_commit = max(self.sent_commit, min(commit_index, last_index))
+        if self.state is ProgressState.PROBE:
+            self.probe_sent = True
+        elif last_index > prev_index:
+            self.next_index = last_index + 1
+            self._inflight.append((last_index, size_bytes))
+            self._inflight_bytes += size_bytes
+
+    def matched(self, index: int) -> bool:
+        """The follower holds everything up to ``index``; True if that is news (raft-traps T29)."""
+        while self._inflight and self._inflight[0][0] <= index:
+            self._inflight_bytes -= self._inflight.popleft()[1]
+        advanced = index > self.match_index
+        self.match_index = max(self.match_index, index)
+        self.next_index = max(self.next_index, index + 1)
+        if self.state is ProgressState.PROBE and index + 1 >= self.next_index:
+            self.state = ProgressState.REPLICATE
+            self.probe_sent = False
+        return advanced
+
+    def probe_from(self, next_index: int) -> None:
+        """Forget what is in flight and search from ``next_index`` (but never below match)."""
+        self.state = ProgressState.PROBE
+        self.next_index = max(next_index, self.match_index + 1)
+        self.probe_sent = False
+        self.sent_commit = min(self.sent_commit, self.match_index)
+        self._inflight.clear()
+        self._inflight_bytes = 0
