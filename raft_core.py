@@ -151,6 +151,8 @@ class RaftCore:
         if self._election_elapsed_ticks >= self._election_timeout_ticks:
             self._dead_leader_attempts = max(0, self._dead_leader_attempts - 1)
             self._reset_election_timer()
+            # Also where no campaign follows: a silent leader is owed no loyalty (thesis 4.2.3).
+            self.leader_id = None
             if self.may_campaign and self.membership.is_voter(self.member_id):
                 self._campaign(pre_vote=True)
 
@@ -209,7 +211,6 @@ class RaftCore:
 
     def _campaign(self, *, pre_vote: bool) -> None:
         """Ask for votes, or first whether an election could be won at all (thesis 9.6)."""
-        self.leader_id = None
         self._votes = {}
         if pre_vote:
             self.role = Role.PRE_CANDIDATE
@@ -356,7 +357,10 @@ class RaftCore:
             self._become_follower(self.term, message.sender)
         assert self.leader_id == message.sender, f"two leaders in term {self.term}"
         self._election_elapsed_ticks = 0
-        self._dead_leader_attempts = 0
+        if self._dead_leader_attempts > 0:
+            # A leader again: the short pause already drawn might be less than a heartbeat.
+            self._dead_leader_attempts = 0
+            self._reset_election_timer()
         log = self.log
         if not log.matches(message.prev_index, message.prev_term):
             index = log.last_index_up_to_term(message.prev_index, message.prev_term)
@@ -652,8 +656,10 @@ class RaftCore:
             progress = self.progress[member.member_id]
             if progress.match_index < progress.catch_up_index or not progress.match_index:
                 continue
-            ticks = self._now_ticks - progress.catch_up_since_ticks
-            if ticks < self.config.election_ticks_min and self._may_change_membership:
+            # Caught up lately, and still there: a dead voter would only raise the quorum.
+            recent = self._now_ticks - self.config.election_ticks_min
+            oldest = min(progress.catch_up_since_ticks, progress.heard_ticks)
+            if oldest > recent and self._may_change_membership:
                 promoted = self.membership.with_member(member._replace(voter=True))
                 self._propose_membership(promoted)
                 return
@@ -699,6 +705,8 @@ class RaftCore:
 
     def entries_to_apply(self, first: int, bytes_max: int) -> tuple[Entry, ...] | None:
         """Committed entries from ``first`` on; None: read them from disk."""
+        if first > self.commit_index:
+            return ()
         entries = self.log.entries(first, bytes_max)
         if entries and entries[-1].index > self.commit_index:
             return entries[: self.commit_index - first + 1]

@@ -1,0 +1,834 @@
+"""Raft by the thesis: pre-vote, stickiness, check-quorum, linearizable reads, membership.
+
+And the one thing that is ours: the shorter pause when the leader's process is known to be dead.
+The paper's rules are in ``test_raft_core.py``.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from raft_core import (
+    DEAD_LEADER_ATTEMPTS_MAX,
+    MembershipChangeRefusedError,
+    NotLeaderError,
+    RaftConfig,
+    RaftCore,
+)
+from raft_types import (
+    AppendEntries,
+    AppendReply,
+    Entry,
+    EntryKind,
+    Membership,
+    Message,
+    Role,
+    VoteReply,
+    VoteRequest,
+)
+from tests.raft_servers import (
+    CONFIG,
+    acknowledge,
+    appends,
+    elect,
+    flush,
+    lead,
+    log_of,
+    member,
+    membership,
+    server,
+    time_out,
+)
+
+
+def heartbeat(term: int = 1, *, sender: str = "b", last: tuple[int, int] = (0, 0)) -> AppendEntries:
+    return AppendEntries(sender, "a", term, *last, (), 0, 1)
+
+
+def pre_vote(term: int, last_index: int = 0, last_term: int = 0, by: str = "c") -> VoteRequest:
+    return VoteRequest(by, "a", term, last_index, last_term, True)
+
+
+def replies(core: RaftCore, message: Message) -> list[Message]:
+    core.step(message)
+    return flush(core)
+
+
+def tick(core: RaftCore, count: int) -> None:
+    for _ in range(count):
+        core.tick()
+
+
+def follower_of_b(voters: str = "abc", name: str = "a", learners: str = "") -> RaftCore:
+    core = server(name, voters, learners=learners, log=log_of(1))
+    core.step(AppendEntries("b", name, 1, 1, 1, (), 0, 1))
+    flush(core)
+    return core
+
+
+# ---- Pre-vote (thesis 9.6) ---------------------------------------------------------------------
+
+
+def test_pre_candidate_keeps_its_term_and_vote() -> None:
+    """A server that is cut off comes back with the term it left with.
+
+    Source: thesis 9.6; fault-model I16.
+    """
+    core = server(log=log_of(1), term=4, voted_for="b")
+
+    for _ in range(10):
+        sent = time_out(core)
+        tick(core, CONFIG.election_ticks_max)
+        flush(core)
+
+    assert sent == []  # no second request within the same timeout
+    assert (core.role, core.term, core.voted_for) == (Role.PRE_CANDIDATE, 4, "b")
+
+
+def test_pre_vote_asks_about_the_next_term() -> None:
+    """The request names the term that the election would have.
+
+    Source: thesis 9.6.
+    """
+    core = server(log=log_of(1), term=4)
+
+    assert time_out(core) == [VoteRequest("a", to, 5, 1, 1, True) for to in "bc"]
+
+
+def test_granting_a_pre_vote_changes_nothing() -> None:
+    """Not the term, the vote, the role or the timer; it may be granted to several.
+
+    Source: thesis 9.6; raft-traps T17.
+    """
+    core, undisturbed = server(), server()
+    tick(core, 9)
+    tick(undisturbed, 9)
+
+    granted = [replies(core, pre_vote(1, by=by)) for by in "bc"]
+
+    assert granted == [[VoteReply("a", by, 1, True, True)] for by in "bc"]
+    assert (core.term, core.voted_for, core.role) == (0, None, Role.FOLLOWER)
+    while core.role is Role.FOLLOWER:
+        core.tick()
+        undisturbed.tick()
+    assert undisturbed.role is Role.PRE_CANDIDATE
+
+
+@pytest.mark.parametrize(
+    ("last_index", "last_term", "granted"),
+    [(2, 2, True), (1, 3, True), (1, 2, False), (9, 1, False)],
+)
+def test_pre_vote_is_denied_to_a_log_that_is_less_up_to_date(
+    last_index: int, last_term: int, granted: bool
+) -> None:
+    """An election that can't be won must not raise the term.
+
+    Source: thesis 9.6, raft-traps T17.
+    """
+    core = server(log=log_of(1, 2))
+
+    assert replies(core, pre_vote(3, last_index, last_term)) == [
+        VoteReply("a", "c", 3 if granted else 2, granted, True)
+    ]
+
+
+def test_pre_vote_is_not_granted_while_a_leader_is_heard() -> None:
+    """It is not even answered within the minimum timeout, and granted after it.
+
+    Source: thesis 9.6 and 4.2.3; raft-traps T17, T19.
+    """
+    core = follower_of_b()
+    tick(core, CONFIG.election_ticks_min - 1)
+    assert replies(core, pre_vote(2, 1, 1)) == []
+
+    core.tick()
+
+    assert replies(core, pre_vote(2, 1, 1)) == [VoteReply("a", "c", 2, True, True)]
+
+
+@pytest.mark.parametrize("term", [3, 4])
+def test_pre_candidate_of_an_older_term_is_told_the_newer_one(term: int) -> None:
+    """Silence would leave it asking for ever.
+
+    Source: raft-traps T18.
+    """
+    core = server(term=4)
+
+    (reply,) = replies(core, pre_vote(term))
+
+    assert reply == VoteReply("a", "c", 4, False, True)
+    asking = server("c", term=2)
+    time_out(asking)
+    asking.step(reply)
+    assert (asking.role, asking.term) == (Role.FOLLOWER, 4)
+
+
+def test_majority_of_pre_votes_starts_the_election() -> None:
+    """Only then is the term raised.
+
+    Source: thesis 9.6.
+    """
+    core = server(voters="abcde")
+    time_out(core)
+
+    replies(core, VoteReply("b", "a", 1, True, True))
+    assert (core.role, core.term) == (Role.PRE_CANDIDATE, 0)
+    replies(core, VoteReply("c", "a", 1, True, True))
+
+    assert (core.role, core.term) == (Role.CANDIDATE, 1)
+
+
+def test_majority_of_refused_pre_votes_ends_the_attempt() -> None:
+    """The next timeout tries again."""
+    core = server(term=3)
+    time_out(core)
+
+    for voter in "bc":
+        core.step(VoteReply(voter, "a", 3, False, True))
+
+    assert (core.role, core.term) == (Role.FOLLOWER, 3)
+
+
+@pytest.mark.parametrize("role", [Role.FOLLOWER, Role.CANDIDATE])
+def test_late_pre_vote_elects_no_one(role: Role) -> None:
+    """A pre-vote is no vote, whoever is granted it.
+
+    Source: thesis 9.6.
+    """
+    core = server(voters="abcde")
+    if role is Role.CANDIDATE:
+        time_out(core)
+        for voter in "bc":
+            core.step(VoteReply(voter, "a", 1, True, True))
+        flush(core)
+
+    for voter in "bcde":
+        core.step(VoteReply(voter, "a", core.term, True, True))
+        core.step(VoteReply(voter, "a", core.term + 1, True, True))
+
+    assert core.role is role
+
+
+def test_pre_vote_of_an_earlier_attempt_counts_for_its_own_term_only() -> None:
+    """The answer names the term it was asked about."""
+    core = server(term=3)
+    time_out(core)
+
+    replies(core, VoteReply("b", "a", 3, True, True))
+
+    assert core.role is Role.PRE_CANDIDATE
+
+
+def test_pre_candidate_may_still_vote() -> None:
+    """To be a pre-candidate is no claim: who asks first gets the vote of the term."""
+    core = server(term=3)
+    time_out(core)
+
+    (reply,) = replies(core, VoteRequest("b", "a", 3, 0, 0, False))
+
+    assert reply == VoteReply("a", "b", 3, True, False)
+
+
+# ---- Leader stickiness (thesis 4.2.3) ----------------------------------------------------------
+
+
+def test_vote_request_does_not_disturb_a_leader_that_is_heard() -> None:
+    """Within the minimum timeout a newer term is not even taken over; after it, it is.
+
+    Source: thesis 4.2.3; raft-traps T19, T22.
+    """
+    core = follower_of_b()
+    request = VoteRequest("c", "a", 7, 5, 5, False)
+    tick(core, CONFIG.election_ticks_min - 1)
+    assert replies(core, request) == []
+    assert core.term == 1
+
+    core.tick()
+
+    assert replies(core, request) == [VoteReply("a", "c", 7, True, False)]
+
+
+def test_leader_is_not_disturbed_by_a_vote_request() -> None:
+    """It would hear of a term that was won from a follower.
+
+    Source: thesis 4.2.3; raft-traps T19.
+    """
+    core = lead()
+
+    assert replies(core, VoteRequest("b", "a", 9, 9, 9, False)) == []
+    assert replies(core, pre_vote(9, 9, 9)) == []
+
+    assert (core.role, core.term) == (Role.LEADER, 1)
+
+
+def test_stale_leader_steps_down_when_its_append_is_refused_with_a_newer_term() -> None:
+    """Stickiness makes no deadlock: a server of a newer term answers the leader's heartbeat.
+
+    Source: raft-traps T18.
+    """
+    leader = lead()
+    follower = server(term=5)
+
+    (reply,) = replies(follower, heartbeat(1, sender="c"))
+    leader.step(reply)
+
+    assert (leader.role, leader.term) == (Role.FOLLOWER, 5)
+
+
+def test_server_that_may_not_campaign_forgets_a_leader_that_is_silent() -> None:
+    """Its vote is needed like any other: it must not stay loyal to the dead.
+
+    Source: thesis 4.2.3 (stickiness ends with the minimum timeout).
+    """
+    for core in (follower_of_b(), follower_of_b("bc", learners="a")):
+        core.step_down()
+        core.step(AppendEntries("b", "a", 1, 1, 1, (), 0, 1))
+        flush(core)
+
+        for ticks in range(1, 200):
+            core.tick()
+            if ticks >= CONFIG.election_ticks_max:
+                assert replies(core, pre_vote(2, 1, 1)), f"deaf {ticks} ticks after the last word"
+
+        assert core.leader_id is None
+        assert core.role is Role.FOLLOWER
+
+
+# ---- Check-quorum (thesis 6.2) -----------------------------------------------------------------
+
+
+def test_leader_that_no_majority_answers_steps_down_within_the_minimum_timeout() -> None:
+    """Clients must not hang on a leader that is cut off; it keeps its term and its vote.
+
+    Source: thesis 6.2; raft-traps T20, T3.
+    """
+    core = lead()
+
+    tick(core, CONFIG.election_ticks_min - 1)
+    assert core.role is Role.LEADER
+    core.tick()
+
+    assert (core.role, core.term, core.voted_for) == (Role.FOLLOWER, 1, "a")
+    assert core.leader_id is None
+
+
+@pytest.mark.parametrize(
+    ("voters", "learners", "answering", "leads"),
+    [
+        ("abc", "", "b", True),
+        ("abcde", "", "b", False),
+        ("abcde", "", "bd", True),
+        ("abc", "de", "de", False),  # learners don't count
+        ("a", "", "", True),  # alone it is its own majority
+    ],
+)
+def test_leader_stays_while_a_majority_of_the_voters_answers(
+    voters: str, learners: str, answering: str, leads: bool
+) -> None:
+    """Any answer of its term shows that the follower still follows, a refusal too.
+
+    Source: thesis 6.2, 4.2.1; raft-traps T20.
+    """
+    core = elect(server(voters=voters, learners=learners))
+
+    for _ in range(CONFIG.election_ticks_max * 2):
+        for follower in answering:
+            core.step(AppendReply(follower, "a", core.term, False, 0, 0, 99, 0, 0))
+        core.tick()
+        if core.role is not Role.LEADER:
+            break
+
+    assert (core.role is Role.LEADER) is leads
+
+
+def test_leader_that_stepped_down_waits_a_whole_timeout() -> None:
+    """It was a leader for long; its timer starts now.
+
+    Source: thesis 6.2.
+    """
+    core = lead()
+    tick(core, CONFIG.election_ticks_min)
+    assert core.role is Role.FOLLOWER
+
+    tick(core, CONFIG.election_ticks_min - 1)
+
+    assert core.role is Role.FOLLOWER
+
+
+def test_server_that_was_told_to_step_down_leads_no_more_and_stands_no_more() -> None:
+    """A state machine that can't be trusted must not answer; its log is still good for others."""
+    core = lead()
+
+    core.step_down()
+    tick(core, CONFIG.election_ticks_max * 3)
+
+    assert (core.role, core.leader_id) == (Role.FOLLOWER, None)
+    assert flush(core) == []
+
+
+# ---- Evidence that the leader's process is dead ------------------------------------------------
+
+FAST = RaftConfig(
+    heartbeat_ticks=3,
+    election_ticks_min=100,
+    election_ticks_max=200,
+    dead_leader_ticks_min=2,
+    dead_leader_ticks_max=4,
+)
+
+
+def follower_with_evidence() -> RaftCore:
+    core = server(config=FAST)
+    core.step(heartbeat())
+    flush(core)
+    core.leader_died("b")
+    return core
+
+
+def test_follower_campaigns_soon_after_evidence_of_the_leaders_death() -> None:
+    """The short pause, randomised so that two followers seldom collide."""
+    core = follower_with_evidence()
+
+    core.tick()
+    assert (core.role, core.leader_id) == (Role.FOLLOWER, None)
+    tick(core, FAST.dead_leader_ticks_max - 1)
+
+    assert core.role is Role.PRE_CANDIDATE
+
+
+def test_pause_after_evidence_doubles_and_ends_with_the_normal_timeout() -> None:
+    """Five attempts; then the evidence is no better than silence."""
+    core = follower_with_evidence()
+    pauses: list[int] = []
+    since = 0
+    while len(pauses) < DEAD_LEADER_ATTEMPTS_MAX + 2:
+        core.tick()
+        since += 1
+        if flush(core):
+            pauses.append(since)
+            since = 0
+
+    for attempt, pause in enumerate(pauses[:DEAD_LEADER_ATTEMPTS_MAX]):
+        assert 2 << attempt <= pause <= 4 << attempt
+    for pause in pauses[DEAD_LEADER_ATTEMPTS_MAX:]:
+        assert FAST.election_ticks_min <= pause <= FAST.election_ticks_max
+
+
+def test_pre_vote_is_granted_after_evidence_and_not_before() -> None:
+    """Evidence ends the stickiness of who has it, and of no one else.
+
+    Source: thesis 4.2.3 (the exception); raft-traps T19.
+    """
+    core = follower_with_evidence()
+    assert replies(core, pre_vote(2)) == [VoteReply("a", "c", 2, True, True)]
+
+    without = server(config=FAST)
+    without.step(heartbeat())
+    flush(without)
+    without.leader_died("c")  # someone else's death
+
+    assert replies(without, pre_vote(2)) == []
+    assert without.leader_id == "b"
+
+
+def test_leader_takes_no_evidence_about_itself() -> None:
+    """It lives."""
+    core = lead()
+
+    core.leader_died("a")
+
+    assert (core.role, core.leader_id) == (Role.LEADER, "a")
+
+
+def test_false_evidence_costs_nothing_once_the_leader_is_heard_again() -> None:
+    """A follower that hears a leader waits a normal timeout, or it would campaign between beats."""
+    core = follower_with_evidence()
+    core.step(heartbeat())
+    flush(core)
+
+    tick(core, FAST.election_ticks_min - 1)
+
+    assert (core.role, core.leader_id) == (Role.FOLLOWER, "b")
+
+
+# ---- Linearizable reads (thesis 6.4) -----------------------------------------------------------
+
+
+def test_read_waits_for_an_entry_of_the_own_term_to_be_committed() -> None:
+    """Step 1: before it the leader does not know the cluster's commit index.
+
+    Source: thesis 6.4; raft-traps T32, T47.
+    """
+    core = elect(server(log=log_of(1), term=1))
+    core.read_index("r")
+    acknowledge(core, "b", index=1)
+    assert core.round == 0  # no round may start yet
+    assert core.take_reads() == []
+
+    acknowledge(core, "b")  # the no-op
+    assert core.committed_in_own_term
+    acknowledge(core, "b")  # the round
+
+    assert core.take_reads() == [(2, ["r"])]
+
+
+def test_read_waits_for_a_round_that_started_after_it_arrived() -> None:
+    """Steps 2 and 3: an answer to an earlier round proves too little.
+
+    Source: thesis 6.4; raft-traps T47.
+    """
+    core = lead()
+    tick(core, CONFIG.heartbeat_ticks)
+    earlier = core.round
+
+    core.read_index("r")
+    core.step(AppendReply("b", "a", 1, True, 1, earlier))
+    core.step(AppendReply("c", "a", 1, True, 1, earlier))
+    assert core.take_reads() == []
+    (message,) = appends(core, "b")
+    core.step(AppendReply("b", "a", 1, True, 1, message.round))
+
+    assert core.take_reads() == [(1, ["r"])]
+
+
+def test_read_gives_the_commit_index_of_its_arrival() -> None:
+    """What is committed later need not be waited for; the driver waits until it is applied.
+
+    Source: thesis 6.4 (steps 2, 4 and 5).
+    """
+    core = lead()
+    core.read_index("r")
+    core.propose([b"x"])
+    flush(core)
+
+    acknowledge(core, "b")
+
+    assert core.commit_index == 2
+    assert core.take_reads() == [(1, ["r"])]
+    assert core.take_reads() == []
+
+
+def test_reads_that_arrive_during_a_round_share_the_next_one() -> None:
+    """One round answers many, but only those that were there when it began.
+
+    Source: thesis 6.4 (batching); raft-traps T47.
+    """
+    core = lead()
+    core.read_index("first")
+    running = core.round
+    core.read_index("second")
+    core.read_index("third")
+
+    core.step(AppendReply("b", "a", 1, True, 1, running))
+    assert core.take_reads() == [(1, ["first"])]
+    acknowledge(core, "b")
+
+    assert core.take_reads() == [(1, ["second", "third"])]
+
+
+@pytest.mark.parametrize(
+    ("voters", "learners", "answering", "given"),
+    [
+        ("a", "", "", True),
+        ("abc", "", "b", True),
+        ("abcde", "", "b", False),
+        ("abcde", "", "be", True),
+        ("abc", "d", "d", False),
+    ],
+)
+def test_read_needs_the_answers_of_a_majority_of_the_voters(
+    voters: str, learners: str, answering: str, given: bool
+) -> None:
+    """A learner's answer proves no leadership.
+
+    Source: thesis 6.4, 4.2.1.
+    """
+    core = lead(server(voters=voters, learners=learners))
+    core.read_index("r")
+
+    acknowledge(core, *answering)
+
+    assert bool(core.take_reads()) is given
+
+
+def test_refused_append_answers_a_round_too() -> None:
+    """A follower that lacks entries still recognises the leader.
+
+    Source: thesis 6.4.
+    """
+    core = lead()
+    core.read_index("r")
+
+    core.step(AppendReply("b", "a", 1, False, 0, core.round, 99, 0, 0))
+
+    assert core.take_reads() == [(1, ["r"])]
+
+
+@pytest.mark.parametrize("end", ["newer term", "check-quorum", "step_down"])
+def test_read_that_waits_when_the_leadership_ends_is_never_given(end: str) -> None:
+    """Not then, and not in a later leadership of the same server.
+
+    Source: thesis 6.4; raft-traps T48, T25.
+    """
+    core = lead(server(log=log_of(1)))
+    core.read_index("in the round")
+    core.read_index("waiting")
+
+    if end == "newer term":
+        core.step(heartbeat(core.term + 1))
+    elif end == "check-quorum":
+        tick(core, CONFIG.election_ticks_min)
+    else:
+        core.step_down()
+        core.may_campaign = True
+    assert core.role is Role.FOLLOWER
+    flush(core)
+    lead(core)
+    for _ in range(3):
+        tick(core, CONFIG.heartbeat_ticks)
+        acknowledge(core, "b", "c")
+
+    assert core.take_reads() == []
+
+
+def test_follower_refuses_a_read() -> None:
+    """Only a leader can prove that it leads."""
+    with pytest.raises(NotLeaderError):
+        server().read_index("r")
+
+
+# ---- Membership (thesis 4) ---------------------------------------------------------------------
+
+
+def decoded(entry: Entry) -> Membership:
+    assert entry.kind is EntryKind.MEMBERSHIP
+    return Membership.decode(entry.data)
+
+
+def leader_with_learner() -> RaftCore:
+    """a, b, c vote; d has just been added and knows nothing."""
+    core = lead()
+    core.add_learner(member("d", voter=False))
+    flush(core)
+    for follower in "bc":
+        appends(core, follower)
+    acknowledge(core, "b", "c")
+    return core
+
+
+def test_learner_receives_the_log_and_does_not_count() -> None:
+    """Its copy makes no majority.
+
+    Source: thesis 4.2.1.
+    """
+    core = leader_with_learner()
+    index = core.propose([b"x"])
+    flush(core)
+    assert core.wants_append("d")
+
+    acknowledge(core, "d")
+    assert core.commit_index == index - 1
+    acknowledge(core, "b")
+
+    assert core.commit_index == index
+
+
+@pytest.mark.parametrize(("voters", "learners"), [("bc", "a"), ("bc", "")])
+def test_learner_and_stranger_never_campaign(voters: str, learners: str) -> None:
+    """Who has no vote does not stand; a fresh server waits to be added.
+
+    Source: thesis 4.2.1.
+    """
+    core = server(voters=voters, learners=learners)
+
+    tick(core, CONFIG.election_ticks_max * 5)
+
+    assert core.role is Role.FOLLOWER
+    assert flush(core) == []
+
+
+def test_votes_of_learners_and_strangers_are_not_counted() -> None:
+    """Only voters make a majority.
+
+    Source: thesis 4.2.1.
+    """
+    core = server(learners="d")
+    assert {message.to for message in time_out(core)} == {"b", "c"}
+
+    for voter in "dz":
+        core.step(VoteReply(voter, "a", 1, True, True))
+    assert (core.role, core.term) == (Role.PRE_CANDIDATE, 0)
+    replies(core, VoteReply("b", "a", 1, True, True))
+    for voter in "dz":
+        core.step(VoteReply(voter, "a", 1, True, False))
+
+    assert core.role is Role.CANDIDATE
+
+
+def test_votes_and_appends_are_taken_from_servers_outside_the_own_membership() -> None:
+    """The sender may be in a membership that this server has not received yet.
+
+    Source: thesis 4.1; raft-traps T62.
+    """
+    fresh = server("z", "")
+
+    assert replies(fresh, VoteRequest("q", "z", 1, 0, 0, False)) == [
+        VoteReply("z", "q", 1, True, False)
+    ]
+    fresh.step(AppendEntries("q", "z", 1, 0, 0, tuple(log_of(1)), 1, 1))
+
+    assert (fresh.leader_id, fresh.commit_index) == ("q", 1)
+
+
+def test_learner_is_promoted_once_a_round_took_less_than_a_timeout() -> None:
+    """The new voter must not hold up commits while it catches up.
+
+    Source: thesis 4.2.1; raft-traps T63.
+    """
+    core = leader_with_learner()
+    for _ in range(CONFIG.election_ticks_min + 1):  # its first round is slow
+        acknowledge(core, "b", "c")
+        core.tick()
+    before = core.log.last_index
+    acknowledge(core, "d")
+    core.tick()
+    assert core.log.last_index == before  # so it needs another one
+
+    acknowledge(core, "d")
+    core.tick()
+
+    assert core.membership == membership("abcd")
+    assert core.log.last_index == before + 1
+
+
+def test_learner_that_does_not_answer_is_not_promoted() -> None:
+    """A typo in its address must not cost the cluster a failure it could tolerate.
+
+    Source: raft-traps T63.
+    """
+    core = leader_with_learner()
+
+    for _ in range(CONFIG.election_ticks_max * 3):
+        acknowledge(core, "b", "c")
+        core.tick()
+
+    assert not core.membership.is_voter("d")
+
+
+def test_learner_that_died_after_catching_up_is_not_promoted() -> None:
+    """It caught up while another change was under way, and was not heard since.
+
+    Source: thesis 4.2.1; raft-traps T63.
+    """
+    core = leader_with_learner()
+    core.add_learner(member("e", voter=False))  # not committed: nothing else may change
+    flush(core)
+    acknowledge(core, "d")
+    for _ in range(CONFIG.election_ticks_min + 1):
+        acknowledge(core, "b", "c", index=core.commit_index)
+        core.tick()
+
+    acknowledge(core, "b", "c")
+    core.tick()
+
+    assert not core.membership.is_voter("d")
+
+
+def test_membership_takes_effect_when_it_is_appended() -> None:
+    """Not when it is committed, at the leader as at a follower.
+
+    Source: thesis 4.1; raft-traps T62.
+    """
+    leader = lead()
+    leader.add_learner(member("d", voter=False))
+    assert leader.membership == membership("abc", "d")
+    assert "d" in leader.progress
+
+    follower = server("b")
+    (message,) = appends(leader, "b")
+    prefix = leader.log.entries(1, 1 << 20) or ()
+    follower.step(AppendEntries("a", "b", 1, 0, 0, prefix, 0, 1))
+
+    assert message.entries == prefix[1:]
+    assert follower.membership == membership("abc", "d")
+
+
+def test_membership_is_rolled_back_when_its_entry_is_truncated() -> None:
+    """What was never committed never was.
+
+    Source: thesis 4.1; raft-traps T62.
+    """
+    core = server()
+    entry = Entry(1, 1, EntryKind.MEMBERSHIP, membership("abc", "d").encode())
+    core.step(AppendEntries("b", "a", 1, 0, 0, (entry,), 0, 1))
+    assert core.membership == membership("abc", "d")
+
+    other = Entry(1, 2, EntryKind.NOOP, b"")
+    core.step(AppendEntries("c", "a", 2, 0, 0, (other,), 0, 1))
+
+    assert core.membership == membership("abc")
+
+
+def test_membership_does_not_change_before_an_entry_of_the_own_term_is_committed() -> None:
+    """Without it two leaders could use majorities that do not meet.
+
+    Source: thesis 4.1 (as corrected, raft-dev 2015); raft-traps T61.
+    """
+    core = elect(server())
+    with pytest.raises(MembershipChangeRefusedError):
+        core.add_learner(member("d", voter=False))
+
+    acknowledge(core, "b")
+
+    assert core.add_learner(member("d", voter=False)) == 2
+
+
+def test_membership_changes_one_at_a_time() -> None:
+    """The next change waits until this one is committed.
+
+    Source: thesis 4.1; raft-traps T61.
+    """
+    core = lead()
+    core.add_learner(member("d", voter=False))
+    flush(core)
+    with pytest.raises(MembershipChangeRefusedError):
+        core.add_learner(member("e", voter=False))
+
+    acknowledge(core, "b")
+
+    assert core.add_learner(member("e", voter=False)) == 3
+
+
+def test_follower_refuses_a_change_of_membership() -> None:
+    """Only a leader appends."""
+    with pytest.raises(NotLeaderError):
+        server().add_learner(member("d", voter=False))
+
+
+def test_new_leader_promotes_a_learner_it_inherited() -> None:
+    """Catching up goes on under the next leader, and is measured anew.
+
+    Source: thesis 4.2.1.
+    """
+    core = lead(server(learners="d"))
+
+    core.tick()
+    (entry,) = core.log.entries(core.log.last_index, 1 << 20) or ()
+
+    assert decoded(entry) == membership("abcd")
+
+
+def test_uncommitted_promotion_counts_with_the_new_majority() -> None:
+    """Two of three were enough; of four it takes three.
+
+    Source: thesis 4.1.
+    """
+    core = lead(server(learners="d"))
+    core.tick()
+    flush(core)
+
+    acknowledge(core, "b")
+    assert core.commit_index == core.log.last_index - 1
+    acknowledge(core, "d")
+
+    assert core.commit_index == core.log.last_index
