@@ -135,6 +135,31 @@ def flush(core: RaftCore) -> list[Message]:
     return sent
 
 
+def replies(core: RaftCore, message: Message) -> list[Message]:
+    """What the server sends on this message."""
+    core.step(message)
+    return flush(core)
+
+
+def answer(core: RaftCore, message: AppendEntries) -> AppendReply:
+    """The server's one answer to an append."""
+    (reply,) = replies(core, message)
+    assert isinstance(reply, AppendReply)
+    return reply
+
+
+def append(
+    term: int,
+    *entries: Entry,
+    after: tuple[int, int] = (0, 0),
+    commit: int = 0,
+    heartbeat: int = 0,
+    sender: str = "b",
+) -> AppendEntries:
+    """What leader b sends to a."""
+    return AppendEntries(sender, "a", term, *after, entries, commit, heartbeat)
+
+
 def appends(core: RaftCore, to: MemberId) -> list[AppendEntries]:
     """All that is to be sent to this follower now."""
     found: list[AppendEntries] = []

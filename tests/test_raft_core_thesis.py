@@ -21,7 +21,6 @@ from raft_types import (
     Entry,
     EntryKind,
     Membership,
-    Message,
     Role,
     VoteReply,
     VoteRequest,
@@ -36,6 +35,7 @@ from tests.raft_servers import (
     log_of,
     member,
     membership,
+    replies,
     server,
     time_out,
 )
@@ -47,11 +47,6 @@ def heartbeat(term: int = 1, *, sender: str = "b", last: tuple[int, int] = (0, 0
 
 def pre_vote(term: int, last_index: int = 0, last_term: int = 0, by: str = "c") -> VoteRequest:
     return VoteRequest(by, "a", term, last_index, last_term, True)
-
-
-def replies(core: RaftCore, message: Message) -> list[Message]:
-    core.step(message)
-    return flush(core)
 
 
 def tick(core: RaftCore, count: int) -> None:
