@@ -1,0 +1,517 @@
+"""The replicated state: keys, values, versions and deadlines, changed only by log entries in order.
+
+Rule 1: ``apply`` is a pure function of the state and the entry: no clock, no chance, no float and
+no order of a dict takes part, so equal logs make equal states on every node (raft-traps T58).
+Rule 2: time in ``apply`` is the entry's own stamp and never goes back. A key whose deadline has
+passed by it is absent for that entry, and is deleted when the entry touches it.
+Rule 3: a read deletes nothing and never calls a key expired by itself. It raises
+``ExpiredKeysError``; the server lets a PURGE through the log decide, then reads again. So what one
+reader was told stays true on every later primary, whatever its clock says (promise G5).
+Rule 4: what changes nothing leaves version and hash alone. What changes a key gives it the log
+index as its version, be it the value or the deadline that changed.
+
+No lock of its own: everything runs under the caller's store lock, ``apply`` and ``skip`` on
+raft-applier, ``read`` on client threads. One-key reads too: a reader that got in between the keys
+of an MSET would see half of an entry.
+Read on in ``kv_commands.py`` for the syntax of the commands, and in ``raft_node.py`` for the caller.
+"""
+
+from __future__ import annotations
+
+import heapq
+import struct
+from collections.abc import Callable, Iterable, Sequence
+from hashlib import blake2b
+from itertools import islice
+from typing import Final
+
+from kv_commands import (
+    INT64_MAX,
+    INT64_MIN,
+    ExpireOptions,
+    compile_glob,
+    decode_payload,
+    lookup,
+    parse_delex,
+    parse_expected_version,
+    parse_expire,
+    parse_increment,
+    parse_int,
+    parse_set,
+    wrong_arity,
+)
+from kv_errors import BadRequestError, KVError, MismatchError
+from kv_types import OK, Reply, SimpleString
+
+# Redis' own limit for a string (proto-max-bulk-len).
+VALUE_BYTES_MAX: Final = 512 * 1024 * 1024
+# How far back ``hash_at`` remembers: more than a follower that is being compared may lag.
+HISTORY_ENTRIES: Final = 8192
+# The pairs an ExpiredKeysError carries at most: a KEYS over many of them takes several rounds.
+EXPIRED_PAIRS_MAX: Final = 1000
+
+# What a key takes beside the bytes of key and value: two bytes objects, a tuple, an int, and its
+# share of the dict (which is between half and three quarters full). Calibrated against the RSS.
+RECORD_OVERHEAD_BYTES: Final = 240
+# The same for a deadline: an int, its share of a second dict, and a tuple in the heap.
+DEADLINE_OVERHEAD_BYTES: Final = 165
+
+_NO_DEADLINE: Final = 0  # a stored deadline is later than some stamp, so never 0
+_HEAP_SLACK: Final = 1000
+
+_Record = tuple[bytes, int]  # value, version
+_Argv = Sequence[bytes]
+_Write = Callable[[_Argv, int, int], Reply]  # argv, effective now in ms, log index
+_Read = Callable[[_Argv, int], Reply]  # argv, now in ms
+
+
+class ExpiredKeysError(Exception):
+    """A read depends on keys that are due but still stored: PURGE ``pairs``, then read again."""
+
+    def __init__(self, pairs: Sequence[tuple[bytes, int]]) -> None:
+        super().__init__(f"{len(pairs)} keys are due to be purged")
+        self.pairs = pairs  # key, deadline in ms
+
+
+def purge_request(pairs: Iterable[tuple[bytes, int]]) -> list[bytes]:
+    """The PURGE command for keys and their deadlines, as the primary proposes it."""
+    request = [b"PURGE"]
+    for key, deadline_ms in pairs:
+        request += (key, b"%d" % deadline_ms)
+    return request
+
+
+# The length of the key in front makes the encoding unambiguous.
+_pack_hash_header = struct.Struct(">IQQ").pack
+_unpack_hash = struct.Struct(">Q").unpack
+_HASH_MASK: Final = 2**64 - 1
+
+
+def _record_hash(key: bytes, value: bytes, version: int, deadline_ms: int) -> int:
+    header = _pack_hash_header(len(key), version, deadline_ms)
+    number: int = _unpack_hash(blake2b(header + key + value, digest_size=8).digest())[0]
+    return number
+
+
+class KeyValueStore:
+    """The state machine: ``apply`` the log's commands in order, ``read`` what they made.
+
+    All commands follow Redis 7; CAS drops a key's expiry, as SET does.
+    """
+
+    def __init__(self) -> None:
+        self.applied_index = 0
+        self.last_stamp_ms = 0  # the latest stamp applied; Unix time
+        # Sum over all keys of _record_hash, modulo 2^64: free of order, and changed key by key.
+        self.state_hash = 0
+        self.memory_bytes = 0  # an estimate of what the keys take, for --max-memory
+        self._records: dict[bytes, _Record] = {}
+        # Invariant: the keys here are in _records too.
+        self._deadlines: dict[bytes, int] = {}
+        # (deadline, key), the earliest first. Holds every pair of _deadlines, and stale ones, which
+        # are told by not being in _deadlines and are at most as many again plus _HEAP_SLACK.
+        self._heap: list[tuple[int, bytes]] = []
+        # state_hash after the entry ``index``, in slot index % HISTORY_ENTRIES.
+        self._history = [0] * HISTORY_ENTRIES
+        self._writes: dict[bytes, _Write] = {
+            b"SET": self._set,
+            b"SETNX": self._setnx,
+            b"SETEX": self._setex,
+            b"PSETEX": self._setex,
+            b"GETSET": self._getset,
+            b"GETDEL": self._getdel,
+            b"MSET": self._mset,
+            b"APPEND": self._append,
+            b"INCR": self._increment,
+            b"DECR": self._increment,
+            b"INCRBY": self._increment,
+            b"DECRBY": self._increment,
+            b"CAS": self._cas,
+            b"DEL": self._del,
+            b"DELETE": self._del,
+            b"UNLINK": self._del,
+            b"DELEX": self._delex,
+            b"EXPIRE": self._expire,
+            b"PEXPIRE": self._expire,
+            b"EXPIREAT": self._expire,
+            b"PEXPIREAT": self._expire,
+            b"PERSIST": self._persist,
+            b"PURGE": self._purge,
+            b"FLUSHALL": self._flushall,
+        }
+        self._reads: dict[bytes, _Read] = {
+            b"GET": self._get,
+            b"GETS": self._gets,
+            b"STRLEN": self._strlen,
+            b"MGET": self._mget,
+            b"EXISTS": self._exists,
+            b"TYPE": self._type,
+            b"TTL": self._ttl,
+            b"PTTL": self._pttl,
+            b"KEYS": self._keys,
+            b"DBSIZE": self._dbsize,
+        }
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    # ---- The log ----
+
+    def apply(self, index: int, data: bytes) -> Reply:
+        """The reply to the command in ``data``, which is entry ``index`` of the log.
+
+        A KVError is returned as the reply. Raises ValueError for a payload that is not a write
+        command: no client can bring one about, so this node is older than the log, or broken.
+        """
+        assert index == self.applied_index + 1, (index, self.applied_index)
+        now_ms, argv = decode_payload(data)
+        if now_ms > self.last_stamp_ms:
+            self.last_stamp_ms = now_ms
+        else:
+            now_ms = self.last_stamp_ms
+        name = argv[0].upper()
+        handler = self._writes.get(name)
+        if handler is None:
+            raise ValueError(f"entry {index} holds the unknown command {argv[0][:80]!r}")
+        reply: Reply
+        try:
+            # It was checked before it was proposed. Yet arity here and syntax in the handlers are
+            # looked at again: a fault that slipped through would stop every node at this entry.
+            if name != b"PURGE":  # which is not for clients, so ``lookup`` does not know it
+                lookup(argv)
+            reply = handler(argv, now_ms, index)
+        except KVError as error:
+            reply = error
+        self._history[index % HISTORY_ENTRIES] = self.state_hash
+        self.applied_index = index
+        return reply
+
+    def skip(self, index: int) -> None:
+        """Counts entry ``index``, which is not a command, as applied."""
+        assert index == self.applied_index + 1, (index, self.applied_index)
+        self._history[index % HISTORY_ENTRIES] = self.state_hash
+        self.applied_index = index
+
+    def hash_at(self, index: int) -> int | None:
+        """``state_hash`` after entry ``index``; None if not applied yet, or too long ago."""
+        if max(0, self.applied_index - HISTORY_ENTRIES + 1) <= index <= self.applied_index:
+            return self._history[index % HISTORY_ENTRIES]
+        return None
+
+    def recompute_state_hash(self) -> int:
+        """``state_hash`` from scratch, for audits; takes about a second per million keys."""
+        deadlines = self._deadlines
+        return (
+            sum(
+                _record_hash(key, value, version, deadlines.get(key, _NO_DEADLINE))
+                for key, (value, version) in self._records.items()
+            )
+            & _HASH_MASK
+        )
+
+    # ---- Reads and expiry ----
+
+    def read(self, argv: _Argv, now_ms: int) -> Reply:
+        """The reply to a read command that has passed ``kv_commands.check``.
+
+        ``now_ms`` is the reader's clock; the latest stamp applied counts where that is later.
+        Raises ExpiredKeysError.
+        """
+        return self._reads[argv[0].upper()](argv, max(now_ms, self.last_stamp_ms))
+
+    def due(self, now_ms: int, limit: int) -> list[tuple[bytes, int]]:
+        """At most ``limit`` keys whose deadline has passed, with it, the earliest first."""
+        now_ms = max(now_ms, self.last_stamp_ms)
+        heap = self._heap
+        found: list[tuple[int, bytes]] = []
+        while heap and heap[0][0] <= now_ms and len(found) < limit:
+            pair = heapq.heappop(heap)
+            deadline_ms, key = pair
+            # A pair pushed twice comes twice in a row.
+            if self._deadlines.get(key) == deadline_ms and (not found or found[-1] != pair):
+                found.append(pair)
+        # They stay until a PURGE has been applied: the caller's proposal may fail.
+        for pair in found:
+            heapq.heappush(heap, pair)
+        return [(key, deadline_ms) for deadline_ms, key in found]
+
+    # ---- Changes: every one goes through these ----
+
+    def _live(self, key: bytes, now_ms: int) -> _Record | None:
+        """The record that an entry of this effective now finds; deletes it if it is due."""
+        deadline_ms = self._deadlines.get(key)
+        if deadline_ms is not None and deadline_ms <= now_ms:
+            self._drop(key)
+            return None
+        return self._records.get(key)
+
+    def _put(self, key: bytes, value: bytes, version: int, deadline_ms: int = _NO_DEADLINE) -> None:
+        change = _record_hash(key, value, version, deadline_ms)
+        record = self._records.get(key)
+        if record is None:
+            had_deadline = False
+            self.memory_bytes += RECORD_OVERHEAD_BYTES + len(key) + len(value)
+        else:
+            old_value, old_version = record
+            old_deadline_ms = self._deadlines.get(key, _NO_DEADLINE)
+            had_deadline = old_deadline_ms != _NO_DEADLINE
+            self.memory_bytes += len(value) - len(old_value)
+            change -= _record_hash(key, old_value, old_version, old_deadline_ms)
+        self.state_hash = (self.state_hash + change) & _HASH_MASK
+        self._records[key] = (value, version)
+        if deadline_ms != _NO_DEADLINE:
+            self._set_deadline(key, deadline_ms)
+        elif had_deadline:
+            self._clear_deadline(key)
+
+    def _drop(self, key: bytes) -> None:
+        """Deletes a key that is there."""
+        value, version = self._records.pop(key)
+        deadline_ms = self._deadlines.get(key, _NO_DEADLINE)
+        self.memory_bytes -= RECORD_OVERHEAD_BYTES + len(key) + len(value)
+        change = _record_hash(key, value, version, deadline_ms)
+        self.state_hash = (self.state_hash - change) & _HASH_MASK
+        if deadline_ms != _NO_DEADLINE:
+            self._clear_deadline(key)
+
+    def _put_or_drop(
+        self, key: bytes, value: bytes, version: int, deadline_ms: int, now_ms: int
+    ) -> None:
+        """As ``_put``; but with a deadline in the past the key is gone at once."""
+        if deadline_ms > now_ms:
+            self._put(key, value, version, deadline_ms)
+        elif key in self._records:
+            self._drop(key)
+
+    def _set_deadline(self, key: bytes, deadline_ms: int) -> None:
+        if key not in self._deadlines:
+            self.memory_bytes += DEADLINE_OVERHEAD_BYTES
+        self._deadlines[key] = deadline_ms
+        heapq.heappush(self._heap, (deadline_ms, key))
+        self._trim_heap()
+
+    def _clear_deadline(self, key: bytes) -> None:
+        del self._deadlines[key]
+        self.memory_bytes -= DEADLINE_OVERHEAD_BYTES
+        self._trim_heap()
+
+    def _trim_heap(self) -> None:
+        if len(self._heap) > 2 * len(self._deadlines) + _HEAP_SLACK:
+            self._heap = [(deadline_ms, key) for key, deadline_ms in self._deadlines.items()]
+            heapq.heapify(self._heap)
+
+    # ---- Write commands: argv, effective now, log index ----
+
+    def _set(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        key, value = argv[1], argv[2]
+        if len(argv) == 3:
+            self._put(key, value, index)  # ends the same whether an old value is due or not
+            return OK
+        options = parse_set(argv)
+        record = self._live(key, now_ms)
+        old_value = None if record is None else record[0]
+        if (
+            (options.if_missing and record is not None)
+            or (options.if_exists and record is None)
+            or (options.if_equal is not None and options.if_equal != old_value)
+        ):
+            return old_value if options.get else None
+        if options.expiry is not None:
+            self._put_or_drop(key, value, index, options.expiry.deadline_ms(now_ms), now_ms)
+        else:
+            kept_ms = self._deadlines.get(key, _NO_DEADLINE) if options.keep_ttl else _NO_DEADLINE
+            self._put(key, value, index, kept_ms)
+        return old_value if options.get else OK
+
+    def _setnx(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        if self._live(argv[1], now_ms) is not None:
+            return 0
+        self._put(argv[1], argv[2], index)
+        return 1
+
+    def _setex(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        expiry = parse_set(argv).expiry
+        assert expiry is not None
+        self._put(argv[1], argv[3], index, expiry.deadline_ms(now_ms))
+        return OK
+
+    def _getset(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        record = self._live(argv[1], now_ms)
+        self._put(argv[1], argv[2], index)
+        return None if record is None else record[0]
+
+    def _getdel(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        record = self._live(argv[1], now_ms)
+        if record is None:
+            return None
+        self._drop(argv[1])
+        return record[0]
+
+    def _mset(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        if len(argv) % 2 == 0:
+            raise wrong_arity("mset")
+        for key, value in zip(argv[1::2], argv[2::2], strict=True):
+            self._put(key, value, index)
+        return OK
+
+    def _append(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        key, suffix = argv[1], argv[2]
+        record = self._live(key, now_ms)
+        old_value = b"" if record is None else record[0]
+        if len(old_value) + len(suffix) > VALUE_BYTES_MAX:
+            raise BadRequestError("string exceeds maximum allowed size (proto-max-bulk-len)")
+        value = old_value + suffix
+        self._put(key, value, index, self._deadlines.get(key, _NO_DEADLINE))
+        return len(value)
+
+    def _increment(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        key, increment = argv[1], parse_increment(argv)
+        record = self._live(key, now_ms)
+        number = increment if record is None else parse_int(record[0]) + increment
+        if not INT64_MIN <= number <= INT64_MAX:
+            raise BadRequestError("increment or decrement would overflow")
+        self._put(key, b"%d" % number, index, self._deadlines.get(key, _NO_DEADLINE))
+        return number
+
+    def _cas(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        key, value, expected = argv[1], argv[3], parse_expected_version(argv)
+        record = self._live(key, now_ms)
+        version = 0 if record is None else record[1]
+        if version != expected:
+            present = f"at version {version}" if version else "missing"
+            raise MismatchError(f"the key is {present}, not at version {expected}", version)
+        self._put(key, value, index)
+        return index
+
+    def _del(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        count = 0
+        for key in argv[1:]:
+            if self._live(key, now_ms) is not None:
+                self._drop(key)
+                count += 1
+        return count
+
+    def _delex(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        expected = parse_delex(argv)
+        record = self._live(argv[1], now_ms)
+        if record is None or (expected is not None and expected != record[0]):
+            return 0
+        self._drop(argv[1])
+        return 1
+
+    def _expire(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        key, options = argv[1], parse_expire(argv)
+        record = self._live(key, now_ms)
+        if record is None:
+            return 0
+        deadline_ms = options.expiry.deadline_ms(now_ms)
+        if not _may_expire(options, self._deadlines.get(key), deadline_ms):
+            return 0
+        self._put_or_drop(key, record[0], index, deadline_ms, now_ms)
+        return 1
+
+    def _persist(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        key = argv[1]
+        record = self._live(key, now_ms)
+        if record is None or key not in self._deadlines:
+            return 0
+        self._put(key, record[0], index)
+        return 1
+
+    def _purge(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        """How many were deleted. One that comes late, or twice, or from a former primary, finds
+        another deadline or none, and does nothing (raft-traps T59).
+        """
+        count = 0
+        for key, deadline in zip(argv[1::2], argv[2::2], strict=True):
+            if int(deadline) <= now_ms and self._deadlines.get(key) == int(deadline):
+                self._drop(key)
+                count += 1
+        return count
+
+    def _flushall(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        self._records.clear()
+        self._deadlines.clear()
+        self._heap.clear()
+        self.state_hash = 0
+        self.memory_bytes = 0
+        return OK
+
+    # ---- Read commands: argv, now ----
+
+    def _seen(self, key: bytes, now_ms: int) -> _Record | None:
+        deadline_ms = self._deadlines.get(key)
+        if deadline_ms is not None and deadline_ms <= now_ms:
+            raise ExpiredKeysError([(key, deadline_ms)])
+        return self._records.get(key)
+
+    def _require_none_due(self, keys: Iterable[bytes], now_ms: int) -> None:
+        deadlines = self._deadlines
+        if not deadlines:
+            return
+        due = (
+            (key, deadline_ms)
+            for key in keys
+            if (deadline_ms := deadlines.get(key)) is not None and deadline_ms <= now_ms
+        )
+        pairs = list(islice(due, EXPIRED_PAIRS_MAX))
+        if pairs:
+            raise ExpiredKeysError(pairs)
+
+    def _get(self, argv: _Argv, now_ms: int) -> Reply:
+        record = self._seen(argv[1], now_ms)
+        return None if record is None else record[0]
+
+    def _gets(self, argv: _Argv, now_ms: int) -> Reply:
+        record = self._seen(argv[1], now_ms)
+        return None if record is None else [*record]
+
+    def _strlen(self, argv: _Argv, now_ms: int) -> Reply:
+        record = self._seen(argv[1], now_ms)
+        return 0 if record is None else len(record[0])
+
+    def _mget(self, argv: _Argv, now_ms: int) -> Reply:
+        self._require_none_due(argv[1:], now_ms)
+        records = map(self._records.get, argv[1:])
+        return [None if record is None else record[0] for record in records]
+
+    def _exists(self, argv: _Argv, now_ms: int) -> Reply:
+        self._require_none_due(argv[1:], now_ms)
+        return sum(key in self._records for key in argv[1:])
+
+    def _type(self, argv: _Argv, now_ms: int) -> Reply:
+        return SimpleString("none" if self._seen(argv[1], now_ms) is None else "string")
+
+    def _ttl(self, argv: _Argv, now_ms: int) -> Reply:
+        left_ms = self._left_ms(argv[1], now_ms)
+        return left_ms if left_ms < 0 else (left_ms + 500) // 1000
+
+    def _pttl(self, argv: _Argv, now_ms: int) -> Reply:
+        return self._left_ms(argv[1], now_ms)
+
+    def _left_ms(self, key: bytes, now_ms: int) -> int:
+        """Until the key's deadline; -1 if it has none, -2 if there is no key (Redis' numbers)."""
+        if self._seen(key, now_ms) is None:
+            return -2
+        deadline_ms = self._deadlines.get(key)
+        return -1 if deadline_ms is None else deadline_ms - now_ms
+
+    def _keys(self, argv: _Argv, now_ms: int) -> Reply:
+        matches = compile_glob(argv[1]).fullmatch
+        found = [key for key in self._records if matches(key)]
+        self._require_none_due(found, now_ms)
+        return found
+
+    def _dbsize(self, argv: _Argv, now_ms: int) -> Reply:
+        return len(self._records)
+
+
+def _may_expire(options: ExpireOptions, present_ms: int | None, deadline_ms: int) -> bool:
+    """Whether NX, XX, GT and LT let ``deadline_ms`` replace the present one (None: never ends)."""
+    if present_ms is None:
+        return not (options.if_some or options.if_later)
+    return not (
+        options.if_none
+        or (options.if_later and deadline_ms <= present_ms)
+        or (options.if_earlier and deadline_ms >= present_ms)
+    )
