@@ -173,9 +173,10 @@ def failover_line(failovers_s: Sequence[float]) -> str:
 
 
 def plot(results: Results, path: Path) -> None:
-    """Throughput and latency of every workload side by side, on logarithmic axes.
+    """Throughput and latency of every workload side by side.
 
-    The file's suffix chooses the format; SVG is written so that the same results give the same file.
+    Dots, not bars: on a logarithmic axis a bar's length says nothing. The file's suffix chooses
+    the format; SVG is written so that the same results give the same file.
     """
     import matplotlib as mpl
 
@@ -184,29 +185,30 @@ def plot(results: Results, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     workloads = results.workloads()
-    height = 0.8 / len(results.titles)
     figure, (left, right) = plt.subplots(
-        1, 2, sharey=True, figsize=(11, 1.5 + 0.5 * len(workloads)), layout="constrained"
+        1, 2, sharey=True, figsize=(11, 1.5 + 0.4 * len(workloads)), layout="constrained"
     )
+    step = 0.6 / len(results.titles)
     for number, (system, title) in enumerate(results.titles.items()):
         found = [
-            (row + (number + 0.5) * height - 0.4, sample)
+            (row + (number + 0.5) * step - 0.3, sample)
             for row, workload in enumerate(workloads)
             if (sample := results.median(workload, system))
         ]
         places = [place for place, _ in found]
         p50_ms = [sample.p50_ms for _, sample in found]
-        spans_ms = [sample.p99_ms - sample.p50_ms for _, sample in found]
+        p99_ms = [sample.p99_ms for _, sample in found]
         colour = f"C{number}"
-        label = f"{title} {results.versions[system]}"
-        left.barh(places, [s.rps for _, s in found], height * 0.9, color=colour, label=label)
-        right.barh(places, spans_ms, height * 0.9, p50_ms, color=colour)
+        label = f"{title} ({results.versions[system]})"
+        left.plot([sample.rps for _, sample in found], places, "o", color=colour, label=label)
+        right.hlines(places, p50_ms, p99_ms, color=colour)
+        right.plot(p50_ms, places, "o", color=colour)
     left.set_xscale("log")
-    left.set_xlabel("requests a second (longer is better)")
+    left.set_xlabel("requests a second (further right is better)")
     left.set_yticks(range(len(workloads)), [workload.title for workload in workloads])
     left.invert_yaxis()
     right.set_xscale("log")
-    right.set_xlabel("latency in ms, from p50 to p99 (further left is better)")
+    right.set_xlabel("latency in ms, from p50 (dot) to p99 (further left is better)")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)

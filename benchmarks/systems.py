@@ -205,7 +205,7 @@ def random_value(workload: Workload) -> str:
 def start_kv_cluster(directory: Path) -> ClusterManager:
     """Three nodes of this project with their default settings, all of them voters."""
     manager = ClusterManager(nodes=NODES, base_port=None, data_dir=directory)
-    manager.start(report=silent, timeout_s=START_S_MAX)
+    manager.start(report=silent)
     return manager
 
 
