@@ -467,6 +467,12 @@ def parse_address(text: str) -> Address:
     return _host(host), _port(port)
 
 
+def format_address(address: Address) -> str:
+    """What ``parse_address`` reads."""
+    host, port = address
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
 def _addresses(text: str) -> tuple[Address, ...]:
     # A dict, because an address given twice is asked once, in the order given.
     parts = [part for part in text.split(",") if part.strip()]

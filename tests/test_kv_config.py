@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_config import SETTINGS, ConfigError, Settings, parse_address, parse_settings, parse_size
+from kv_config import (
+    SETTINGS,
+    ConfigError,
+    Settings,
+    format_address,
+    parse_address,
+    parse_settings,
+    parse_size,
+)
 
 
 def settings(*argv: str, **environ: str) -> Settings:
@@ -267,5 +275,7 @@ def test_any_text_when_given_as_a_value_then_is_accepted_or_refused_with_the_fla
 def test_address_when_ipv6_then_needs_brackets():
     """``[::1]:6379`` is an address; ``::1:6379`` could be two."""
     assert parse_address("[::1]:6379") == ("::1", 6379)
+    assert format_address(("::1", 6379)) == "[::1]:6379"
+    assert format_address(("db1", 6379)) == "db1:6379"
     with pytest.raises(ValueError, match="brackets"):
         parse_address("::1:6379")

@@ -1,0 +1,813 @@
+"""The manager: founding once, starting, watching and stopping, with fake nodes (fake_node.py)."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+import cluster_manager
+from cluster_manager import (
+    ClusterBusyError,
+    ClusterManager,
+    ManagerError,
+    NodeStatus,
+    free_ports,
+    main,
+)
+from kv_config import PEER_PORT_OFFSET, ConfigError
+
+ROOT = Path(__file__).resolve().parent.parent
+FAKE_NODE = ROOT / "tests" / "fake_node.py"
+
+
+def eventually(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true in time"
+        time.sleep(0.02)
+
+
+class Cluster(ClusterManager):
+    """A manager of fake nodes that keeps what it reported."""
+
+    def __init__(self, data_dir: Path, nodes: int = 3, base_port: int | None = None, **more):
+        more = {"server_script": FAKE_NODE, "start_timeout_s": 20.0, **more}
+        super().__init__(nodes, base_port, data_dir, more.pop("server_args", ()), **more)
+        self.said: list[str] = []
+
+    @property
+    def base_port(self) -> int:
+        return self.nodes[0].port
+
+    def begin(self) -> list[str]:
+        """Start, and give what this start said."""
+        self.said.clear()
+        self.start(self.said.append)
+        return self.said
+
+    def end(self) -> list[str]:
+        self.said.clear()
+        self.stop(self.said.append)
+        return self.said
+
+    def running(self) -> list[str]:
+        return [node.node_id for node in self.nodes if self._process(node)]
+
+    def argv(self, node_id: str) -> list[list[str]]:
+        """The arguments of each start of the node, as it logged them itself."""
+        log = self.node(node_id).log
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [line.split()[1:] for line in lines if line.startswith("started:")]
+
+    def cluster_id(self) -> str:
+        return str(json.loads((self.data_dir / "cluster.json").read_text())["cluster_id"])
+
+
+@pytest.fixture
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Cluster]]:
+    """Makes managers of ``tmp_path/data``; what they started is stopped in the end."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    made: list[Cluster] = []
+
+    def make(**more) -> Cluster:
+        made.append(Cluster(tmp_path / "data", **more))
+        return made[-1]
+
+    yield make
+    for cluster in made:
+        for node_id in cluster.running():
+            cluster.kill_node(node_id)
+
+
+@pytest.fixture
+def cluster(make: Callable[..., Cluster]) -> Cluster:
+    return make()
+
+
+def command(*argv: object) -> list[str]:
+    """The program's command line, with fake nodes."""
+    code = (
+        "import signal, sys; from pathlib import Path; import cluster_manager;"
+        # A test run in the background of a shell would pass on an ignored SIGINT.
+        "signal.signal(signal.SIGINT, signal.default_int_handler);"
+        f"sys.exit(cluster_manager.main(sys.argv[1:], Path({str(FAKE_NODE)!r})))"
+    )
+    return [sys.executable, "-c", code, *map(str, argv)]
+
+
+def run(*argv: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*argv), capture_output=True, text=True, timeout=60, check=False)
+
+
+# ---- Start ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_nothing_runs_then_prints_exactly_the_lines_of_the_design(cluster: Cluster):
+    """Scripts compare this output; the nodes outlive the program. Source: design.md, 3."""
+    port = cluster.base_port
+
+    done = run("--action", "start", "--base-port", port, "--data-dir", cluster.data_dir)
+
+    assert done.stdout == (
+        "Starting KV Store Cluster (3 nodes: 1 primary + 2 secondary)...\n"
+        f"Starting node1 on port {port} (PRIMARY)...\n"
+        f"Starting node2 on port {port + 1} (SECONDARY)...\n"
+        f"Starting node3 on port {port + 2} (SECONDARY)...\n"
+        "Cluster started successfully!\n"
+    )
+    assert (done.stderr, done.returncode) == ("", 0)
+    status = cluster.status()
+    assert [(node.role, node.voter) for node in status.nodes] == [
+        ("PRIMARY", True),
+        ("SECONDARY", True),
+        ("SECONDARY", True),
+    ]
+    node = psutil.Process(status.nodes[2].pid)
+    assert os.getsid(node.pid) == node.pid, "a hang-up of the terminal would reach it"
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_all_run_then_says_so_and_starts_nothing(cluster: Cluster):
+    """Run twice it says that the cluster runs already, and succeeds."""
+    cluster.begin()
+    pids = [node.pid for node in cluster.status().nodes]
+
+    again = run("--action", "start", "--data-dir", cluster.data_dir)
+
+    assert again.stdout == "The cluster runs already (3 nodes, primary node1).\n"
+    assert again.returncode == 0
+    assert [node.pid for node in cluster.status().nodes] == pids
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_one_node_is_dead_then_starts_that_one(cluster: Cluster):
+    """Nodes that run are left alone; what is missing is started."""
+    cluster.begin()
+    pid = cluster.status().nodes[0].pid
+    cluster.kill_node("node3")
+
+    said = cluster.begin()
+
+    assert said == [
+        "2 of 3 nodes run already.",
+        f"Starting node3 on port {cluster.base_port + 2} (SECONDARY)...",
+        "Cluster started successfully!",
+    ]
+    assert cluster.running() == ["node1", "node2", "node3"]
+    assert cluster.status().nodes[0].pid == pid
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_a_pid_file_is_stale_then_its_process_is_not_taken_for_the_node(
+    cluster: Cluster,
+):
+    """A pid that another process has by now is told apart by its creation time."""
+    own = psutil.Process()
+    cluster.data_dir.mkdir()
+    for node, created in zip(cluster.nodes, (own.create_time(), 0.0, "never"), strict=True):
+        node.pid_file.write_text(json.dumps({"pid": own.pid, "create_time": created, "port": 1}))
+    cluster.nodes[2].pid_file.write_text("torn {")
+
+    assert cluster.running() == []
+    assert cluster.end() == ["The cluster is not running."]
+    assert len(cluster.begin()) == 5
+
+
+@pytest.mark.parametrize("offset", [1, 1 + PEER_PORT_OFFSET])
+def test_start_when_a_port_is_in_use_then_names_who_uses_it(cluster: Cluster, offset: int):
+    """Before anything is started, both ports of every node are tried."""
+    port = cluster.base_port + offset
+
+    with (
+        socket.create_server(("127.0.0.1", port)),
+        pytest.raises(ManagerError, match=rf"port {port} \(node2.* is in use by pid {os.getpid()}"),
+    ):
+        cluster.begin()
+
+    assert cluster.running() == []
+    assert cluster.argv("node1") == []
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_a_node_dies_then_shows_its_last_lines_and_stops_the_others(
+    cluster: Cluster, monkeypatch
+):
+    """The reason is in the log: its last 15 lines, and the exit status, are shown."""
+    monkeypatch.setenv("FAKE_DIES", "node2")
+
+    with pytest.raises(ManagerError) as caught:
+        cluster.begin()
+
+    lines = str(caught.value).splitlines()
+    assert lines[0].startswith("node2 exited with status 3 while the cluster was starting.")
+    assert lines[0].endswith(f"The end of {cluster.node('node2').log}:")
+    assert [line.strip() for line in lines[1:]] == [f"line {number}" for number in range(5, 20)]
+    assert cluster.running() == []
+    assert not list(cluster.data_dir.glob("*.pid"))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_it_fails_then_only_what_it_started_is_stopped(cluster: Cluster, monkeypatch):
+    """A start that fails leaves the nodes that ran before as they were."""
+    cluster.begin()
+    cluster.kill_node("node3")
+    monkeypatch.setenv("FAKE_DIES", "node3")
+
+    done = run("--action", "start", "--data-dir", cluster.data_dir)
+
+    assert done.returncode == 1
+    assert "node3 exited with status 3" in done.stderr
+    assert "line 19" in done.stderr
+    assert cluster.running() == ["node1", "node2"]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_a_node_does_not_become_a_voter_then_says_what_it_waited_for(make, monkeypatch):
+    """A start has a deadline, and its error names what was missing."""
+    monkeypatch.setenv("FAKE_LEARNER", "node2")
+    cluster = make(nodes=2, start_timeout_s=1.5)
+
+    with pytest.raises(ManagerError, match="not ready in time: node2 is not a voter yet"):
+        cluster.begin()
+
+    assert cluster.running() == []
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_interrupted_then_stops_what_it_started_and_exits_with_130(
+    cluster: Cluster, monkeypatch
+):
+    """Ctrl-C leaves nothing half-started behind."""
+    monkeypatch.setenv("FAKE_LEARNER", "node3")
+    argv = ("--action", "start", "--base-port", cluster.base_port, "--data-dir", cluster.data_dir)
+    starting = subprocess.Popen(command(*argv), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    eventually(lambda: cluster.running() == ["node1", "node2", "node3"])
+
+    starting.send_signal(signal.SIGINT)
+    _, stderr = starting.communicate(timeout=20)
+
+    assert starting.returncode == 130
+    assert b"interrupted" in stderr
+    assert cluster.running() == []
+    assert not list(cluster.data_dir.glob("*.pid"))
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_more_nodes_are_asked_for_then_the_new_ones_join(make):
+    """A cluster grows by naming more nodes; it never shrinks by naming fewer."""
+    two = make(nodes=2)
+    two.begin()
+    three = make(nodes=3, base_port=two.base_port)
+
+    said = three.begin()
+
+    assert said[0] == "2 of 3 nodes run already."
+    assert three.status().failures_tolerated == 1
+    with pytest.raises(ManagerError, match="has 3 nodes from port"):
+        two.begin()
+
+
+def test_start_when_the_ports_differ_from_the_founding_then_refuses(cluster: Cluster):
+    """Members know each other by their addresses; other ports would be other nodes."""
+    cluster.data_dir.mkdir()
+    record = {"cluster_id": "c", "nodes": 3, "base_port": cluster.base_port + 1}
+    (cluster.data_dir / "cluster.json").write_text(json.dumps(record))
+
+    with pytest.raises(ManagerError, match=f"--base-port {cluster.base_port + 1}"):
+        cluster.begin()
+
+
+# ---- Founding ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_founding_when_started_again_then_is_not_repeated(cluster: Cluster):
+    """Only the very first start passes --primary, and only to node1."""
+    cluster.begin()
+    founded = cluster.cluster_id()
+    cluster.end()
+
+    cluster.begin()
+
+    assert cluster.cluster_id() == founded
+    starts = {node.node_id: cluster.argv(node.node_id) for node in cluster.nodes}
+    assert ["--primary" in argv for argv in starts["node1"]] == [True, False]
+    assert not any("--primary" in argv for argv in starts["node2"] + starts["node3"])
+    assert (
+        f"--join=127.0.0.1:{cluster.base_port},127.0.0.1:{cluster.base_port + 1}"
+        in (starts["node3"][0])
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_founding_when_node1_lost_its_directory_then_it_joins_again(cluster: Cluster):
+    """An empty directory is a new member, never a second cluster (design.md, 7)."""
+    cluster.begin()
+    founded = cluster.cluster_id()
+    cluster.end()
+    shutil.rmtree(cluster.node("node1").directory)
+
+    cluster.begin()
+
+    assert "--primary" not in cluster.argv("node1")[-1]
+    assert {node.cluster_id for node in cluster.status().nodes} == {founded}
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_founding_when_the_record_is_missing_but_data_is_there_then_resumes(cluster: Cluster):
+    """A manager that ended before it wrote the record does not found a second cluster either."""
+    cluster.begin()
+    founded = cluster.cluster_id()
+    cluster.end()
+    (cluster.data_dir / "cluster.json").unlink()
+    shutil.rmtree(cluster.node("node1").directory)
+
+    cluster.begin()
+
+    assert "--primary" not in cluster.argv("node1")[-1]
+    assert cluster.cluster_id() == founded
+
+
+def test_founding_when_all_directories_are_lost_then_says_what_to_do(cluster: Cluster):
+    """Losing all the data is not answered by silently beginning anew."""
+    cluster.data_dir.mkdir()
+    record = {"cluster_id": "c", "nodes": 3, "base_port": cluster.base_port}
+    (cluster.data_dir / "cluster.json").write_text(json.dumps(record))
+
+    with pytest.raises(ManagerError, match=r"holds data any more.*Restore.*remove .*cluster\.json"):
+        cluster.begin()
+
+
+def test_founding_when_the_record_is_damaged_then_says_what_to_do(cluster: Cluster):
+    """A record that cannot be read is not taken for none."""
+    cluster.data_dir.mkdir()
+    (cluster.data_dir / "cluster.json").write_text("{}")
+
+    with pytest.raises(ManagerError, match=r"cluster\.json cannot be read"):
+        cluster.begin()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_a_node_belongs_to_another_cluster_then_says_which(
+    cluster: Cluster, monkeypatch
+):
+    """A directory that was copied from elsewhere is named."""
+    cluster.begin()
+    cluster.end()
+    monkeypatch.setenv("FAKE_FOREIGN", "node2")
+
+    with pytest.raises(ManagerError, match=r"node2 belongs to cluster elsewhere, but .*data/node2"):
+        cluster.begin()
+
+    assert cluster.running() == []
+
+
+# ---- Stop ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_stop_when_all_run_then_stops_the_primary_last(cluster: Cluster):
+    """No election is held among nodes that are about to stop."""
+    cluster.begin()
+    pids = {node.node_id: node.pid for node in cluster.status().nodes}
+
+    said = cluster.end()
+
+    order = ("node2", "node3", "node1")
+    stopping = [f"Stopping {node_id} (pid {pids[node_id]})..." for node_id in order]
+    assert said == [*stopping, "Cluster stopped."]
+    assert cluster.running() == []
+    assert not list(cluster.data_dir.glob("*.pid"))
+    assert cluster.end() == ["The cluster is not running."]
+
+
+def test_stop_when_there_was_never_a_cluster_then_succeeds_and_leaves_no_trace(cluster: Cluster):
+    """Stopping what does not run is no error."""
+    assert main(["--action", "stop", "--data-dir", str(cluster.data_dir)]) == 0
+    assert not cluster.data_dir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_stop_when_a_node_ignores_sigterm_then_kills_it_after_the_deadline(make, monkeypatch):
+    """SIGKILL is the last resort, and is said."""
+    monkeypatch.setenv("FAKE_STUBBORN", "node2")
+    cluster = make(nodes=2, stop_timeout_s=0.5)
+    cluster.begin()
+
+    said = cluster.end()
+
+    assert "node2 did not stop within 0.5 s: killed with SIGKILL." in said
+    assert cluster.running() == []
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_stop_when_a_node_is_suspended_then_it_still_ends_in_order(make):
+    """A suspended process would not notice SIGTERM, so it is woken for it."""
+    cluster = make(nodes=2)
+    cluster.begin()
+    cluster.suspend("node2")
+
+    said = cluster.end()
+
+    assert not [line for line in said if "SIGKILL" in line]
+    assert cluster.running() == []
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_restart_when_all_run_then_every_process_is_a_new_one(make):
+    """Restart is stop and start."""
+    cluster = make(nodes=2)
+    cluster.begin()
+    before = {node.pid for node in cluster.status().nodes}
+
+    cluster.restart(cluster.said.append)
+
+    assert cluster.said[-1] == "Cluster started successfully!"
+    assert cluster.running() == ["node1", "node2"]
+    assert not before & {node.pid for node in cluster.status().nodes}
+
+
+def test_lock_when_another_manager_holds_it_then_waits_and_gives_up(make):
+    """Two managers never start or stop nodes of one directory at the same time."""
+    one, other = make(), make(clock=itertools.count().__next__)
+
+    with one._exclusively(), pytest.raises(ClusterBusyError, match="another"):
+        other.begin()
+
+
+# ---- Status --------------------------------------------------------------------------------------
+
+DESIGN_FIELDS = [
+    *("node_id", "port", "pid", "alive", "role", "term", "commit_index", "applied_index", "lag"),
+    *("keys", "memory_bytes", "cpu_percent", "uptime_seconds"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_status_when_nodes_fail_then_tells_the_majority_by_its_exit_status(cluster: Cluster):
+    """0 only when a majority is healthy; the JSON has the fields of the design (3)."""
+    argv = ("--action", "status", "--data-dir", cluster.data_dir)
+    cluster.begin()
+
+    done = run(*argv, "--json")
+    status = json.loads(done.stdout)
+
+    assert done.returncode == 0
+    assert (status["healthy"], status["primary"], status["failures_tolerated"]) == (
+        True,
+        "node1",
+        1,
+    )
+    assert [list(node)[: len(DESIGN_FIELDS)] for node in status["nodes"]] == [DESIGN_FIELDS] * 3
+    node2 = status["nodes"][1]
+    assert (node2["role"], node2["alive"], node2["lag"], node2["keys"]) == ("SECONDARY", True, 0, 5)
+    assert node2["memory_bytes"] > 1_000_000
+
+    cluster.kill_node("node2")
+    table = run(*argv)
+
+    assert table.returncode == 0
+    assert "node2 does not run" in table.stdout
+    assert "0 more failures would be tolerated" in table.stdout
+    cluster.kill_node("node3")
+    assert run(*argv).returncode == 1
+    cluster.kill_node("node1")
+    assert run(*argv).returncode == 1
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_status_when_a_node_hangs_then_it_is_alive_but_does_not_count(make):
+    """A process that runs and does not answer is shown as what it is."""
+    cluster = make(nodes=2)
+    cluster.begin()
+    cluster.suspend("node2")
+
+    status = cluster.status()
+    cluster.resume("node2")
+
+    hung = status.nodes[1]
+    assert (hung.alive, hung.role, hung.problem) == (True, None, "does not answer (timed out)")
+    assert not status.healthy
+    eventually(lambda: cluster.status().healthy)
+
+
+def test_table_when_printed_to_a_pipe_then_is_not_cut(make, capsys):
+    """Without a terminal rich would assume 80 columns, and cut what is wider."""
+    cluster = make(nodes=1)
+    argv = ["--action", "status", "--nodes", "1", "--base-port", str(cluster.base_port)]
+
+    exit_status = main([*argv, "--data-dir", str(cluster.data_dir)])
+
+    assert exit_status == 1
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[1].replace("┃", " ").split() == [
+        *("node", "role", "voter", "term", "commit", "applied", "lag", "keys", "port", "pid"),
+        *("memory", "CPU", "uptime"),
+    ]
+    assert "down" in shown
+    assert "Not healthy" in shown
+
+
+def seen(node_id: str, role: str = "SECONDARY", **more) -> NodeStatus:
+    fields = {"term": 3, "commit_index": 10, "applied_index": 10, "cluster_id": "c", **more}
+    return NodeStatus(node_id, 6379, alive=True, role=role, member_id=f"m-{node_id}", **fields)
+
+
+def summary(*nodes: NodeStatus, voters: int = 3) -> cluster_manager.ClusterStatus:
+    primary = cluster_manager._primary(nodes, cluster_manager.Founding("c", 3, 6379))
+    ids = frozenset(f"m-node{number}" for number in range(1, voters + 1))
+    return cluster_manager._summarize(nodes, primary, ids if primary else frozenset())
+
+
+def test_summary_when_two_claim_to_be_primary_then_the_higher_term_counts():
+    """A primary that was cut off may not know yet that it was; nobody follows it."""
+    status = summary(
+        seen("node1", "PRIMARY", term=3),
+        seen("node2", "PRIMARY", term=4, commit_index=15, applied_index=15),
+        seen("node3", term=4),
+    )
+
+    assert status.primary == "node2"
+    assert status.healthy
+    assert status.failures_tolerated == 0
+    assert [node.lag for node in status.nodes] == [5, 0, 5]
+
+
+def test_summary_when_a_node_is_of_another_cluster_then_it_does_not_count():
+    """Neither as a voter nor, whatever its term, as the primary."""
+    status = summary(
+        seen("node1", "PRIMARY"),
+        seen("node2"),
+        seen("node3", "PRIMARY", term=9, cluster_id="x"),
+    )
+
+    assert status.primary == "node1"
+    assert status.nodes[2].problem == "belongs to another cluster, x"
+    assert not status.nodes[2].voter
+    assert status.failures_tolerated == 0
+
+
+def test_summary_when_voters_are_missing_then_the_majority_is_of_all_voters():
+    """Two of five voters are no majority, though all that is looked at is well."""
+    status = summary(seen("node1", "PRIMARY"), seen("node2"), voters=5)
+
+    assert not status.healthy
+
+
+def test_summary_when_there_is_no_primary_then_is_not_healthy():
+    """Nodes that answer but follow nobody serve nobody."""
+    status = summary(seen("node1", "CANDIDATE"), seen("node2"), seen("node3"))
+
+    assert (status.healthy, status.primary, status.nodes[1].lag) == (False, None, None)
+
+
+# ---- Monitor -------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_monitor_when_a_node_is_killed_then_restarts_it(make):
+    """A node that dies is back at once; the monitor leaves the nodes running when it ends."""
+    cluster = make(nodes=2)
+    cluster.begin()
+    events: list[str] = []
+    stop = threading.Event()
+    other = make(nodes=2, base_port=cluster.base_port)  # a monitor need not have started them
+    watcher = threading.Thread(target=other.monitor, args=(events.append, stop), name="monitor")
+    watcher.start()
+
+    cluster.kill_node("node2")
+    try:
+        eventually(lambda: cluster.running() == ["node1", "node2"] and len(events) >= 2)
+        eventually(lambda: cluster.status().failures_tolerated == 0 and cluster.status().healthy)
+    finally:
+        stop.set()
+        watcher.join()
+
+    pid = cluster.status().nodes[1].pid
+    assert events == ["node2 ended; it is restarted now.", f"node2 was restarted with pid {pid}."]
+    assert cluster.running() == ["node1", "node2"]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_monitor_when_interrupted_then_says_that_the_nodes_keep_running(make):
+    """Ctrl-C ends the watching, not what is watched."""
+    cluster = make(nodes=1)
+    argv = ("--action", "monitor", "--nodes", 1, "--base-port", cluster.base_port)
+    watching = subprocess.Popen(
+        command(*argv, "--data-dir", cluster.data_dir), stdout=subprocess.PIPE, text=True
+    )
+    assert watching.stdout is not None
+    while "successfully" not in watching.stdout.readline():
+        pass  # ends with the test's time limit
+
+    eventually(lambda: cluster.status().healthy)
+    watching.send_signal(signal.SIGINT)
+    stdout, _ = watching.communicate(timeout=20)
+
+    assert watching.returncode == 0
+    assert stdout.endswith("the nodes keep running (--action stop stops them).\n")
+    assert cluster.running() == ["node1"]
+
+
+class Dead:
+    """What ``spawn`` gives for a process that ends at once."""
+
+    pid = 2**22  # above what Linux gives
+
+    def __init__(self, exit_status: int) -> None:
+        self.exit_status = exit_status
+
+    def create_time(self) -> float:
+        return 0.0
+
+    def poll(self) -> int:
+        return self.exit_status
+
+
+class Clock:
+    """A clock that stands still until it is set."""
+
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def watched(
+    make: Callable[..., Cluster], exit_status: int
+) -> tuple[Cluster, Clock, list[tuple[object, ...]]]:
+    """A cluster of one node that dies whenever it is started; its clock; its starts."""
+    clock = Clock()
+    starts: list[tuple[object, ...]] = []
+
+    def spawn(*argv: object, **_: object) -> Dead:
+        starts.append(argv)
+        return Dead(exit_status)
+
+    cluster = make(nodes=1, spawn=spawn, clock=clock)
+    cluster.data_dir.mkdir()
+    cluster.start_node("node1")
+    return cluster, clock, starts
+
+
+def test_monitor_when_a_node_dies_repeatedly_then_waits_longer_each_time(make):
+    """At once, then after 1, 2, 4 ... 30 s; a node that ran for a minute starts afresh."""
+    cluster, clock, starts = watched(make, exit_status=3)
+    pauses = []
+
+    for _ in range(8):
+        due = clock.now
+        died = cluster.watch()
+        while len(died) < 2:
+            clock.now += 0.5
+            died += cluster.watch()
+        assert died[0].startswith("node1 exited with status 3; it is restarted")
+        pauses.append(clock.now - due)
+
+    assert pauses == [0, 1, 2, 4, 8, 16, 30, 30]
+    assert len(starts) == 9
+    assert not any("--primary" in str(argv) for argv in starts)
+    clock.now += 60
+    assert cluster.watch()[0] == "node1 exited with status 3; it is restarted now."
+
+
+def test_monitor_when_a_node_exits_with_78_then_names_it_and_leaves_it(make):
+    """Wrong data and wrong cluster do not get better by trying again. Source: raft-traps T65."""
+    cluster, clock, starts = watched(make, exit_status=78)
+
+    events = cluster.watch()
+    clock.now += 100
+
+    assert len(events) == 1
+    assert events[0].startswith("node1 exited with status 78")
+    assert "not restarted" in events[0]
+    assert cluster.watch() == []
+    assert len(starts) == 1
+
+
+def test_monitor_when_a_node_was_stopped_on_purpose_then_leaves_it(make):
+    """An orderly stop takes the pid file away."""
+    cluster, _, starts = watched(make, exit_status=0)
+    cluster.node("node1").pid_file.unlink()
+
+    assert cluster.watch() == []
+    assert len(starts) == 1
+
+
+def test_monitor_when_another_manager_is_at_work_then_looks_away(make):
+    """What is missing while the cluster is being restarted has not died."""
+    cluster, _, starts = watched(make, exit_status=1)
+
+    with make(nodes=1)._exclusively():
+        assert cluster.watch() == []
+
+    assert len(starts) == 1
+
+
+# ---- Command line --------------------------------------------------------------------------------
+
+
+def test_help_when_asked_then_explains_every_action_and_exit_status(capsys):
+    """--help teaches."""
+    with pytest.raises(SystemExit) as caught:
+        main(["--help"])
+
+    text = capsys.readouterr().out
+    assert caught.value.code == 0
+    for word in ("start", "status", "stop", "restart", "monitor", "-- --replication", "130"):
+        assert word in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--action", "explode"], "invalid choice: 'explode'"),
+        ([], "required: --action"),
+        (["--act", "start"], "required: --action"),
+        (["--action", "start", "--nodes", "0"], "at least one node, not 0"),
+        (["--action", "start", "--base-port", "55534"], "port for peers would be 65536"),
+        (["--action", "start", "--", "--prot", "1"], "did you mean '--port'?"),
+        (["--action", "start", "--", "--fsync", "maybe"], "--fsync: expected always or no"),
+        (["--action", "start", "--", "--port=1"], "--port is given to each node by the manager"),
+        (["--action", "start", "--", "--primary"], "--primary is given to each node"),
+    ],
+)
+def test_command_line_when_wrong_then_exits_with_2_and_says_why(argv, said, capsys, tmp_path):
+    """Wrong arguments, the servers' too, are refused before anything is started."""
+    data_dir = tmp_path / "data"
+    at = argv.index("--") if "--" in argv else len(argv)
+    with pytest.raises(SystemExit) as caught:
+        sys.exit(main([*argv[:at], "--data-dir", str(data_dir), *argv[at:]], FAKE_NODE))
+
+    assert caught.value.code == 2
+    assert said in capsys.readouterr().err
+    assert not data_dir.exists()
+
+
+def test_environment_when_it_makes_every_node_a_founder_then_is_refused(make, monkeypatch):
+    """KV_PRIMARY in the environment would let each node found a cluster of its own."""
+    monkeypatch.setenv("KV_PRIMARY", "true")
+
+    with pytest.raises(ConfigError, match="KV_PRIMARY"):
+        make()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_server_flags_when_given_after_dashes_then_reach_every_node(make):
+    """Any server flag after ``--``; a node alone is told of itself, so that it joins nobody."""
+    cluster = make(nodes=1)
+    shape = ("--nodes", 1, "--base-port", cluster.base_port, "--data-dir", cluster.data_dir)
+
+    done = run("--action", "start", *shape, "--", "--replication", "async")
+
+    assert done.stdout.splitlines()[0] == (
+        "Starting KV Store Cluster (1 node: 1 primary + 0 secondary)..."
+    )
+    [argv] = cluster.argv("node1")
+    assert argv[-3:] == ["--replication", "async", "--primary"]
+    assert f"--join=127.0.0.1:{cluster.base_port}" in argv
+
+
+def test_free_ports_when_asked_then_gives_a_row_with_room_for_peers():
+    """Below the ports that outgoing connections are given, peers included."""
+    ports = free_ports(5)
+
+    assert ports == list(range(ports[0], ports[0] + 5))
+    assert ports[0] >= 10_000
+    assert ports[-1] + PEER_PORT_OFFSET < 32_768
