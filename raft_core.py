@@ -125,6 +125,8 @@ class RaftCore:
         self._election_elapsed_ticks = 0
         self._election_timeout_ticks = 0
         self._reset_election_timer()
+        if self.membership.voters == (member_id,):
+            self._election_timeout_ticks = 1  # no other leader can be alive: work at once
         # Of the leader.
         self.progress: dict[MemberId, Progress] = {}
         self.truncated_count = 0  # entries this server ever had to give up, for the driver's log
@@ -483,7 +485,7 @@ class RaftCore:
         if self._may_carry_entries(progress):
             entries = self.log.entries(progress.next_index, self.config.append_bytes_max)
             if entries is None:
-                return EntriesOnDisk(progress.next_index, self.log.last_index)
+                return EntriesOnDisk(progress.next_index, self.log.stable_index)
             return self._append_message(member_id, progress, entries)
         if self._is_due(progress):
             return self._append_message(member_id, progress, ())
@@ -671,11 +673,12 @@ class RaftCore:
     @property
     def has_ready(self) -> bool:
         """Whether ``ready`` would give something."""
-        return self._ready_out is None and (
-            bool(self._messages)
-            or self.log.has_unwritten
-            or self._saved_hard_state != (self.term, self.voted_for)
-        )
+        return self._ready_out is None and (bool(self._messages) or not self.needs_no_write)
+
+    @property
+    def needs_no_write(self) -> bool:
+        """Whether the next Ready, if any, would hold only messages."""
+        return not self.log.has_unwritten and self._saved_hard_state == (self.term, self.voted_for)
 
     def ready(self) -> Ready | None:
         """What to write and then send; the next one comes only after ``advance``."""
@@ -704,7 +707,11 @@ class RaftCore:
                 self._advance_commit()
 
     def entries_to_apply(self, first: int, bytes_max: int) -> tuple[Entry, ...] | None:
-        """Committed entries from ``first`` on; None: read them from disk."""
+        """Committed entries from ``first`` on; None: read them from disk.
+
+        But no further than ``log.stable_index``: beyond it the disk may still hold an entry that
+        was replaced in memory, even if the new one is committed.
+        """
         if first > self.commit_index:
             return ()
         entries = self.log.entries(first, bytes_max)

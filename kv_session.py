@@ -1,0 +1,724 @@
+"""One client's connection: requests of both languages in, replies out.
+
+Rule 1: everything that one ``recv`` brought is one batch: a run of writes is proposed together, a
+run of reads shares one read barrier, and the replies leave in one send.
+Rule 2: a definite error is only given for what was not proposed (promise G4).
+Rule 3: while no primary is known, a data command is held for a moment instead of refused, so that
+a failover is a pause and not an error.
+
+Each ``Session`` belongs to one thread ``client-N`` of ``kv_store_server.py``; what they share is
+the ``Service``. The commands' meaning is in ``kv_store.py``, their syntax in ``kv_commands.py``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import platform
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import kv_commands
+from kv_config import Settings
+from kv_errors import (
+    BadRequestError,
+    KVError,
+    MismatchError,
+    NoPrimaryError,
+    NotPrimaryError,
+    OutOfMemoryError,
+)
+from kv_protocol import Item, RequestParser, encode_line, encode_reply, line_value
+from kv_store import ExpiredKeysError, KeyValueStore, purge_request
+from kv_types import OK, Reply, SimpleString, Verbatim
+from raft_node import NodeStatus, RaftNode
+from raft_types import Member, MemberId
+
+VERSION: Final = "0.1.0"
+# What Redis' clients take this server for; newer numbers make some ask for more than there is.
+REDIS_VERSION: Final = "7.0.15"
+HOLD_S: Final = 1.5
+# One batch becomes one run of log entries; a longer pipeline is proposed in several.
+BATCH_REQUESTS_MAX: Final = 1024
+BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
+SHRINKING: Final = frozenset({"DEL", "DELETE", "UNLINK", "DELEX", "GETDEL", "FLUSHALL", "EXPIRE"})
+
+Argv = Sequence[bytes]
+
+
+@dataclass
+class Service:
+    """What all sessions of a server share."""
+
+    settings: Settings
+    node: RaftNode
+    store: KeyValueStore
+    run_id: str = field(default_factory=lambda: secrets.token_hex(20))
+    started_s: float = field(default_factory=time.monotonic)
+    ids: itertools.count[int] = field(default_factory=lambda: itertools.count(1))
+    sessions: dict[int, Session] = field(default_factory=dict)
+    # Counted without a lock: figures for people, where a lost count now and then does no harm.
+    commands_count: int = 0
+    connections_count: int = 0
+
+    def now_ms(self) -> int:
+        """The wall clock, which only ever reaches the state as a stamp in the log."""
+        return time.time_ns() // 1_000_000
+
+
+class Session:
+    """The state of one connection, and the one place that answers its requests."""
+
+    def __init__(self, service: Service, peer: str, close: Callable[[], None]) -> None:
+        self.service = service
+        self.node = service.node
+        self.store = service.store
+        self.id = next(service.ids)
+        self.peer = peer
+        self.close = close
+        self.name = b""
+        self.protocol = 2
+        self.reads_stale = False
+        self.closing = False
+        self.last_write_index = 0
+        self.began_s = time.monotonic()
+        self.parser = RequestParser(service.settings.request_bytes_max)
+        service.connections_count += 1
+        service.sessions[self.id] = self
+
+    def receive(self, data: bytes) -> bytes:
+        """The replies to what the client sent; afterwards see ``closing``."""
+        self.parser.feed(data)
+        items = self.parser.take()
+        if not items:
+            self.closing = self.parser.broken
+            return b""
+        self.service.commands_count += len(items)
+        out: list[bytes] = []
+        position = 0
+        while position < len(items) and not self.closing:
+            position = self._answer_run(items, position, out)
+        self.closing = self.closing or self.parser.broken
+        return b"".join(out)
+
+    # ---- Batches -------------------------------------------------------------------------------
+
+    def _answer_run(self, items: Sequence[Item], position: int, out: list[bytes]) -> int:
+        """Answer ``items`` from ``position``, as many as go together; returns where to go on."""
+        first = items[position]
+        command = self._checked(first)
+        if isinstance(command, KVError):
+            out.append(self._encode([], command, 0))
+            return position + 1
+        assert not isinstance(first, KVError)
+        if "write" in command.flags:
+            run, end = self._gather(items, position, "write")
+            out.extend(self._write(run))
+            return end
+        if "read" in command.flags:
+            run, end = self._gather(items, position, "read")
+            out.extend(self._read(run))
+            return end
+        try:
+            reply = _LOCAL[command.name](self, first)
+        except KVError as error:
+            reply = error
+        out.append(self._encode(first, reply, 0))
+        return position + 1
+
+    def _checked(self, item: Item) -> kv_commands.Command | KVError:
+        if isinstance(item, KVError):
+            return item
+        try:
+            command = kv_commands.check(item)
+        except KVError as error:
+            return error
+        if "write" in command.flags and self._is_out_of_memory(command.name):
+            return OutOfMemoryError("command not allowed when used memory > --max-memory")
+        return command
+
+    def _is_out_of_memory(self, name: str) -> bool:
+        limit = self.service.settings.memory_bytes_max
+        return bool(limit) and name not in SHRINKING and self.store.memory_bytes > limit
+
+    def _gather(self, items: Sequence[Item], start: int, flag: str) -> tuple[list[Argv], int]:
+        """The requests from ``start`` on that are of the same kind, and where they end."""
+        run: list[Argv] = []
+        size_bytes = 0
+        end = start
+        while end < len(items) and len(run) < BATCH_REQUESTS_MAX and size_bytes < BATCH_BYTES_MAX:
+            item = items[end]
+            if end > start:
+                command = self._checked(item)
+                if isinstance(command, KVError) or flag not in command.flags:
+                    break
+            assert not isinstance(item, KVError)
+            run.append(self._as_resp(item))
+            size_bytes += sum(map(len, item))
+            end += 1
+        return run, end
+
+    def _as_resp(self, argv: Argv) -> Argv:
+        """A line's GET also tells the version, so it is asked as GETS."""
+        if self.parser.language == "lines" and argv[0].upper() == b"GET":
+            return [b"GETS", *argv[1:]]
+        return argv
+
+    def _held(self, attempt: Callable[[], None]) -> KVError | None:
+        """Run ``attempt``; while there is no primary, hold the request for up to HOLD_S."""
+        deadline_s = time.monotonic() + HOLD_S
+        while True:
+            try:
+                attempt()
+            except NoPrimaryError as error:
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0 or self.node.wait_for_primary(left_s) is None:
+                    return error
+                time.sleep(min(0.01, max(0.0, left_s)))
+            except KVError as error:
+                return error
+            else:
+                return None
+
+    def _write(self, run: Sequence[Argv]) -> list[bytes]:
+        now_ms = self.service.now_ms()
+        payloads = [kv_commands.encode_payload(now_ms, argv) for argv in run]
+        blind = self.service.settings.replication == "async" and all(map(kv_commands.is_blind, run))
+        first, replies = 0, ()  # type: tuple[int, Sequence[Reply]]
+
+        def attempt() -> None:
+            nonlocal first, replies
+            first, replies = self.node.propose(payloads, blind=blind)
+
+        error = self._held(attempt)
+        if error is not None:
+            return [self._encode(argv, error, 0) for argv in run]
+        self.last_write_index = first + len(run) - 1
+        if not replies:  # answered before it was applied: a blind write's reply is always OK
+            replies = [OK] * len(run)
+        return [
+            self._encode(argv, reply, first + i)
+            for i, (argv, reply) in enumerate(zip(run, replies, strict=True))
+        ]
+
+    def _read(self, run: Sequence[Argv]) -> list[bytes]:
+        if not (self.reads_stale and not self.node.is_primary):
+            error = self._held(self.node.read_barrier)
+            if error is not None:
+                return [self._encode(argv, error, 0) for argv in run]
+        replies: list[Reply] = []
+        while len(replies) < len(run):
+            now_ms = self.service.now_ms()
+            try:
+                with self.node.store_lock:
+                    for argv in run[len(replies) :]:
+                        replies.append(self.store.read(argv, now_ms))  # noqa: PERF401
+            except ExpiredKeysError as expired:
+                error = self._purge(expired.pairs, now_ms)
+                if error is not None:
+                    replies.append(error)
+        return [self._encode(argv, reply, 0) for argv, reply in zip(run, replies, strict=True)]
+
+    def _purge(self, pairs: Sequence[tuple[bytes, int]], now_ms: int) -> KVError | None:
+        """Delete keys whose deadline has passed, so that a read may say that they are gone.
+
+        Before anyone is told so it has to be in the log: otherwise a clock that runs slower could
+        bring a key back after a failover (promise G5).
+        """
+        try:
+            self.node.propose([kv_commands.encode_payload(now_ms, purge_request(pairs))])
+        except KVError as error:
+            return error if error.definite else NoPrimaryError()  # a read is always definite
+        return None
+
+    # ---- Replies -------------------------------------------------------------------------------
+
+    def _encode(self, argv: Argv, reply: Reply, version: int) -> bytes:
+        if self.parser.language == "lines":
+            return encode_line(self._line_reply(argv, reply, version))
+        slot = _slot(argv) if isinstance(reply, NotPrimaryError) else 0
+        return encode_reply(reply, self.protocol, slot)
+
+    def _line_reply(self, argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+        name = argv[0].upper().decode(errors="replace") if argv else ""
+        if isinstance(reply, KVError):
+            return _line_error(name, reply)
+        if name in _LINE_REPLIES:
+            return _LINE_REPLIES[name](argv, reply, version)
+        return {"status": "OK", "value": line_value(reply)}
+
+    # ---- Commands that need no log -------------------------------------------------------------
+
+    def _ping(self, argv: Argv) -> Reply:
+        return argv[1] if len(argv) > 1 else SimpleString("PONG")
+
+    def _echo(self, argv: Argv) -> Reply:
+        return argv[1]
+
+    def _select(self, argv: Argv) -> Reply:
+        if kv_commands.parse_int(argv[1]) != 0:
+            raise BadRequestError("DB index is out of range")
+        return OK
+
+    def _quit(self, argv: Argv) -> Reply:
+        self.closing = True
+        return OK
+
+    def _readonly(self, argv: Argv) -> Reply:
+        self.reads_stale = True
+        return OK
+
+    def _readwrite(self, argv: Argv) -> Reply:
+        self.reads_stale = False
+        return OK
+
+    def _reset(self, argv: Argv) -> Reply:
+        self.reads_stale = False
+        self.protocol = 2
+        self.name = b""
+        return SimpleString("RESET")
+
+    def _time(self, argv: Argv) -> Reply:
+        seconds, rest_ns = divmod(time.time_ns(), 1_000_000_000)
+        return [str(seconds).encode(), str(rest_ns // 1000).encode()]
+
+    def _hello(self, argv: Argv) -> Reply:
+        options = list(argv[2:])
+        protocol = self.protocol
+        name = self.name
+        if len(argv) > 1:
+            if argv[1] not in (b"2", b"3"):
+                return _NoProtoError("unsupported protocol version")
+            protocol = int(argv[1])
+        while options:
+            option = options.pop(0)
+            if option.upper() == b"SETNAME" and options:
+                name = _checked_name(options.pop(0))
+            else:
+                text = option.decode(errors="backslashreplace")
+                raise BadRequestError(f"Syntax error in HELLO option '{text}'")
+        self.protocol, self.name = protocol, name
+        return {
+            b"server": b"redis",
+            b"version": REDIS_VERSION.encode(),
+            b"proto": protocol,
+            b"id": self.id,
+            b"mode": b"standalone",
+            b"role": b"master" if self.node.is_primary else b"replica",
+            b"modules": [],
+        }
+
+    def _client(self, argv: Argv) -> Reply:
+        subcommand = argv[1].upper().decode(errors="backslashreplace")
+        if subcommand == "ID":
+            return self.id
+        if subcommand == "SETNAME" and len(argv) == 3:
+            self.name = _checked_name(argv[2])
+            return OK
+        if subcommand == "GETNAME":
+            return self.name or None
+        if subcommand == "SETINFO" and len(argv) == 4:
+            return OK
+        if subcommand == "INFO":
+            return Verbatim(self.describe() + "\n")
+        if subcommand == "LIST":
+            sessions = list(self.service.sessions.values())
+            return Verbatim("".join(session.describe() + "\n" for session in sessions))
+        if subcommand in ("SETNAME", "SETINFO"):
+            raise kv_commands.wrong_arity(f"client|{subcommand}")
+        raise BadRequestError(f"unknown subcommand '{subcommand}'. Try CLIENT HELP.")
+
+    def describe(self) -> str:
+        """This connection as a row of CLIENT LIST."""
+        age_s = int(time.monotonic() - self.began_s)
+        name = self.name.decode(errors="replace")
+        return f"id={self.id} addr={self.peer} name={name} age={age_s} db=0 resp={self.protocol}"
+
+    def _command(self, argv: Argv) -> Reply:
+        subcommand = argv[1].upper() if len(argv) > 1 else b""
+        table = kv_commands.COMMANDS
+        public = [command for command in table.values() if "internal" not in command.flags]
+        if subcommand == b"":
+            return [_command_row(command) for command in public]
+        if subcommand == b"COUNT":
+            return len(public)
+        if subcommand == b"LIST":
+            return [command.name.lower().encode() for command in public]
+        names = [arg.upper().decode(errors="replace") for arg in argv[2:]]
+        if subcommand == b"INFO":
+            wanted = names or [command.name for command in public]
+            return [_command_row(table[name]) if name in table else None for name in wanted]
+        if subcommand == b"DOCS":
+            shown = [c for c in public if not names or c.name in names]
+            return {command.name.lower().encode(): _command_doc(command) for command in shown}
+        text = argv[1].decode(errors="backslashreplace")
+        raise BadRequestError(f"unknown subcommand '{text}'. Try COMMAND HELP.")
+
+    def _config(self, argv: Argv) -> Reply:
+        if argv[1].upper() != b"GET":
+            raise BadRequestError("settings are changed on the command line or in --config FILE")
+        if len(argv) < 3:
+            raise kv_commands.wrong_arity("config|get")
+        values = self._config_values()
+        return {
+            name: value
+            for name, value in values.items()
+            if any(kv_commands.glob_match(pattern.lower(), name) for pattern in argv[2:])
+        }
+
+    def _config_values(self) -> dict[bytes, bytes]:
+        """What redis-benchmark and other tools ask for, in Redis' words, and our own settings."""
+        settings = self.service.settings
+        values = {
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": "always" if settings.fsync == "always" else "no",
+            "maxmemory": settings.memory_bytes_max,
+            "maxclients": settings.max_clients,
+            "databases": 1,
+            "port": settings.port,
+            "bind": settings.host,
+            "replication": settings.replication,
+            "read-mode": settings.read_mode,
+            "max-request-bytes": settings.request_bytes_max,
+            "heartbeat-interval": f"{settings.heartbeat_interval_s:g}",
+            "election-timeout": (
+                f"{settings.election_timeout_min_s:g}-{settings.election_timeout_max_s:g}"
+            ),
+        }
+        return {name.encode(): str(value).encode() for name, value in values.items()}
+
+    def _role(self, argv: Argv) -> Reply:
+        status = self.node.status()
+        if status.role == "PRIMARY":
+            return [
+                b"master",
+                status.last_index,
+                [
+                    [
+                        m.member.host.encode(),
+                        str(m.member.port).encode(),
+                        str(m.match_index).encode(),
+                    ]
+                    for m in status.members
+                    if not m.is_primary
+                ],
+            ]
+        primary = status.primary
+        host, port = (primary.host, primary.port) if primary else ("", 0)
+        state = b"connected" if primary else b"connect"
+        return [b"slave", host.encode(), port, state, status.applied_index]
+
+    def _wait(self, argv: Argv) -> Reply:
+        """How many other voters hold this connection's last write; waits for ``numreplicas``."""
+        wanted, timeout_ms = kv_commands.parse_int(argv[1]), kv_commands.parse_int(argv[2])
+        if timeout_ms < 0:
+            raise BadRequestError("timeout is negative")
+        # 0 means "for ever" to Redis; a thread of ours waits an hour at most.
+        deadline_s = time.monotonic() + (timeout_ms / 1000 if timeout_ms else 3600.0)
+        while True:
+            status = self.node.status()
+            if status.role != "PRIMARY":
+                raise self._held(self.node.read_barrier) or NoPrimaryError()
+            held = sum(
+                1
+                for m in status.members
+                if m.member.voter
+                and not m.is_primary
+                and (m.match_index or 0) >= self.last_write_index
+            )
+            if held >= wanted or time.monotonic() >= deadline_s:
+                return held
+            time.sleep(0.001)
+
+    def _info(self, argv: Argv) -> Reply:
+        wanted = {arg.lower().decode(errors="replace") for arg in argv[1:]}
+        everything = not wanted or wanted & {"all", "default", "everything"}
+        parts = []
+        for title, values in self._info_sections().items():
+            if everything or title.lower() in wanted:
+                lines = "".join(f"{name}:{value}\r\n" for name, value in values.items())
+                parts.append(f"# {title}\r\n{lines}")
+        return Verbatim("\r\n".join(parts))
+
+    def _info_sections(self) -> dict[str, dict[str, object]]:
+        service, status = self.service, self.node.status()
+        primary = status.primary
+        replication: dict[str, object] = {"role": "slave"}
+        if status.role == "PRIMARY":
+            replication = {"role": "master", "connected_slaves": len(status.members) - 1}
+        elif primary is not None:
+            replication.update(
+                master_host=primary.host, master_port=primary.port, master_link_status="up"
+            )
+        else:
+            replication.update(master_link_status="down")
+        replication["master_repl_offset"] = status.commit_index
+        return {
+            "Server": {
+                "redis_version": REDIS_VERSION,
+                "kvstore_version": VERSION,
+                "redis_mode": "standalone",
+                "os": platform.system(),
+                "arch_bits": 64,
+                "process_id": os.getpid(),
+                "run_id": service.run_id,
+                "tcp_port": service.settings.port,
+                "uptime_in_seconds": int(time.monotonic() - service.started_s),
+            },
+            "Clients": {
+                "connected_clients": len(service.sessions),
+                "maxclients": service.settings.max_clients,
+                "blocked_clients": 0,
+            },
+            "Memory": {
+                "used_memory": self.store.memory_bytes,
+                "maxmemory": service.settings.memory_bytes_max,
+            },
+            "Persistence": {"loading": 0, "aof_enabled": 1},
+            "Stats": {
+                "total_connections_received": service.connections_count,
+                "total_commands_processed": service.commands_count,
+            },
+            "Replication": replication,
+            "Raft": {
+                "raft_role": status.role,
+                "raft_term": status.term,
+                "raft_commit_index": status.commit_index,
+                "raft_applied_index": status.applied_index,
+                "raft_state_hash": f"{status.state_hash:016x}",
+            },
+            "Cluster": {"cluster_enabled": 0},
+            "Keyspace": {"db0": f"keys={len(self.store)},expires=0,avg_ttl=0"}
+            if len(self.store)
+            else {},
+        }
+
+    def _status(self, argv: Argv) -> Reply:
+        return json.dumps(self.status_fields()).encode()
+
+    def _cluster(self, argv: Argv) -> Reply:
+        if len(argv) > 1:
+            raise BadRequestError("only CLUSTER without a subcommand is known so far")
+        return json.dumps(self.cluster_fields()).encode()
+
+    def status_fields(self) -> dict[str, object]:
+        """What STATUS answers."""
+        return self._status_of(self.node.status())
+
+    def cluster_fields(self) -> dict[str, object]:
+        """What CLUSTER answers: STATUS, and the members."""
+        status = self.node.status()
+        fields = self._status_of(status)
+        fields["members"] = [
+            {
+                "node_id": m.member.node_id,
+                "member_id": m.member.member_id,
+                "host": m.member.host,
+                "port": m.member.port,
+                "peer_port": m.member.peer_port,
+                "role": "PRIMARY"
+                if m.is_primary
+                else ("SECONDARY" if m.member.voter else "LEARNER"),
+                "voter": m.member.voter,
+                "match_index": m.match_index,
+                "lag": m.lag,
+            }
+            for m in status.members
+        ]
+        return fields
+
+    def _status_of(self, status: NodeStatus) -> dict[str, object]:
+        primary = status.primary
+        return {
+            "status": "OK",
+            "node_id": status.identity.node_id,
+            "member_id": status.identity.member_id,
+            "cluster_id": status.identity.cluster_id,
+            "role": status.role,
+            "term": status.term,
+            "primary": None if primary is None else _address(primary),
+            "commit_index": status.commit_index,
+            "applied_index": status.applied_index,
+            "last_index": status.last_index,
+            "state_hash": f"{status.state_hash:016x}",
+            "keys": len(self.store),
+            "voters": status.voters,
+            "failures_tolerated": status.failures_tolerated,
+            "trouble": status.trouble or None,
+            "memory_bytes": self.store.memory_bytes,
+            "uptime_seconds": round(time.monotonic() - self.service.started_s, 1),
+            "version": VERSION,
+        }
+
+    def _member(self, argv: Argv) -> Reply:
+        """``MEMBER JOIN node-id member-id host port peer-port``, which a new node sends."""
+        if argv[1].upper() != b"JOIN":
+            raise BadRequestError("only MEMBER JOIN is known so far")
+        if len(argv) != 7:
+            raise kv_commands.wrong_arity("member|join")
+        try:
+            node_id, member_id, host = (arg.decode("ascii") for arg in argv[2:5])
+        except UnicodeDecodeError:
+            raise BadRequestError("names and addresses are ASCII") from None
+        port, peer_port = map(kv_commands.parse_int, argv[5:7])
+        newcomer = Member(
+            _checked_member_id(member_id), node_id, host, port, peer_port, voter=False
+        )
+        added: list[object] = []
+        error = self._held(lambda: added.append(self.node.add_member(newcomer)))
+        if error is not None:
+            raise error
+        identity = self.node.identity
+        return json.dumps({"cluster_id": identity.cluster_id, "node_id": identity.node_id}).encode()
+
+    def _help(self, argv: Argv) -> Reply:
+        wanted = {arg.upper().decode(errors="replace") for arg in argv[1:]}
+        return {
+            command.usage.encode(): command.summary.encode()
+            for command in kv_commands.COMMANDS.values()
+            if "internal" not in command.flags and (not wanted or command.name in wanted)
+        }
+
+
+class _NoProtoError(BadRequestError):
+    """HELLO asked for a version of RESP that is neither 2 nor 3."""
+
+    resp_code = "NOPROTO"
+
+
+_LOCAL: Final[Mapping[str, Callable[[Session, Argv], Reply]]] = {
+    "PING": Session._ping,
+    "ECHO": Session._echo,
+    "SELECT": Session._select,
+    "QUIT": Session._quit,
+    "READONLY": Session._readonly,
+    "READWRITE": Session._readwrite,
+    "RESET": Session._reset,
+    "TIME": Session._time,
+    "HELLO": Session._hello,
+    "CLIENT": Session._client,
+    "COMMAND": Session._command,
+    "CONFIG": Session._config,
+    "ROLE": Session._role,
+    "WAIT": Session._wait,
+    "INFO": Session._info,
+    "STATUS": Session._status,
+    "CLUSTER": Session._cluster,
+    "MEMBER": Session._member,
+    "HELP": Session._help,
+}
+
+
+def _checked_name(name: bytes) -> bytes:
+    if any(not 0x21 <= byte <= 0x7E for byte in name):
+        raise BadRequestError("Client names cannot contain spaces, newlines or special characters.")
+    return name
+
+
+def _checked_member_id(member_id: str) -> MemberId:
+    if len(member_id) != 16 or set(member_id) - set("0123456789abcdef"):
+        raise BadRequestError("a member id is 16 hex digits")
+    return member_id
+
+
+def _address(member: Member) -> dict[str, object]:
+    return {"node_id": member.node_id, "host": member.host, "port": member.port}
+
+
+def _slot(argv: Argv) -> int:
+    """The hash slot that MOVED names for cluster clients; there is one shard of all slots."""
+    keys = kv_commands.keys_of(kv_commands.lookup(argv), argv)
+    return kv_commands.crc16_slot(keys[0]) if keys else 0
+
+
+def _command_row(command: kv_commands.Command) -> Reply:
+    flags = [SimpleString(flag) for flag in sorted(command.flags)]
+    first, last, step = command.first_key, command.last_key, command.key_step
+    name = command.name.lower().encode()
+    return [name, command.arity, flags, first, last, step, [], [], [], []]
+
+
+def _command_doc(command: kv_commands.Command) -> Reply:
+    return {
+        b"summary": command.summary.encode(),
+        b"since": command.since.encode(),
+        b"group": command.group.encode(),
+    }
+
+
+# ---- The line language's replies ---------------------------------------------------------------
+
+
+def _line_error(name: str, error: KVError) -> Mapping[str, object]:
+    fields: dict[str, object] = {"status": "ERROR", "code": error.code, "message": str(error)}
+    if isinstance(error, NotPrimaryError):
+        what = kv_commands.COMMANDS.get(name)
+        kind = "Reads" if what is not None and "read" in what.flags else "Writes"
+        fields["message"] = f"This node is not primary. {kind} not allowed."
+        fields["primary"] = {"node_id": error.node_id, "host": error.host, "port": error.port}
+    elif isinstance(error, MismatchError):
+        fields["version"] = error.version
+    return fields
+
+
+def _line_set(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+    return {"status": "OK", "key": line_value(argv[1]), "version": version}
+
+
+def _line_get(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+    key = line_value(argv[1])
+    if reply is None:
+        return {"status": "NOT_FOUND", "key": key}
+    assert isinstance(reply, list)
+    value, version_of_value = reply
+    return {"status": "OK", "key": key, "value": line_value(value), "version": version_of_value}
+
+
+def _line_delete(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+    return {"status": "OK" if reply else "NOT_FOUND", "deleted": reply}
+
+
+def _line_exists(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+    return {"status": "OK", "exists": bool(reply), "count": reply}
+
+
+def _line_keys(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+    assert isinstance(reply, list)
+    return {"status": "OK", "keys": [line_value(key) for key in reply], "count": len(reply)}
+
+
+def _line_cas(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+    return {"status": "OK", "key": line_value(argv[1]), "version": reply}
+
+
+def _line_json(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+    assert isinstance(reply, bytes)
+    fields: dict[str, object] = {"status": "OK"}
+    fields.update(json.loads(reply))
+    return fields
+
+
+def _line_help(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+    assert isinstance(reply, dict)
+    commands = {usage.decode(): line_value(summary) for usage, summary in reply.items()}
+    return {"status": "OK", "commands": commands}
+
+
+_LINE_REPLIES: Final[Mapping[str, Callable[[Argv, Reply, int], Mapping[str, object]]]] = {
+    "SET": _line_set,
+    "GETS": _line_get,
+    "DEL": _line_delete,
+    "DELETE": _line_delete,
+    "EXISTS": _line_exists,
+    "KEYS": _line_keys,
+    "CAS": _line_cas,
+    "STATUS": _line_json,
+    "CLUSTER": _line_json,
+    "MEMBER": _line_json,
+    "HELP": _line_help,
+}

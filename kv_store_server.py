@@ -1,0 +1,422 @@
+"""The daemon: one process of the cluster, one thread for each client connection.
+
+    python kv_store_server.py --primary                     # found a cluster, work at once, alone
+    python kv_store_server.py --node-id node2 --port 6380   # join it
+
+Rule 1: nothing is served before this node belongs to a cluster: founded here (once, and only with
+``--primary`` on an empty data directory), joined through ``--join``, or found on its own disk.
+Rule 2: clients and peers have their own ports and threads, so that no crowd of clients can starve
+the heartbeats (raft-traps T67).
+Rule 3: a bug ends the process loudly; a client's mistake ends at most its own connection.
+
+Exit status: 0 stopped by a signal, 1 a fault (it may be started again), 78 its data, its name or
+its settings are wrong (starting it again can't help).
+
+Threads: ``main`` waits for signals, ``accept-clients`` accepts, ``client-N`` serves one
+connection. The rest are of ``raft_node.py``. Read on in ``kv_session.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import logging
+import os
+import signal
+import socket
+import socketserver
+import struct
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+import kv_commands
+from kv_config import Address, ConfigError, Settings, parse_settings
+from kv_session import VERSION, Service, Session
+from kv_store import KeyValueStore, purge_request
+from raft_node import NodeConfig, NodeRole, RaftNode, found_cluster
+from raft_transport import PeerListener, PeerPortInUseError
+from raft_types import Identity, Member, new_id
+from raft_types import Member as NodeInfo
+from replication_log import DataDirError, ReplicationLog
+
+__all__ = ["KeyValueStore", "NodeInfo", "NodeRole", "ReplicationLog", "TCPServer", "main"]
+
+log = logging.getLogger(__name__)
+
+EXIT_FAULT = 1
+EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: whoever restarts us should not
+RECEIVE_BYTES = 64 * 1024
+# A request that has begun must go on within this, and a reply be read: else the thread is free.
+STALL_S = 60
+JOIN_INTERVAL_S = 0.5
+JOIN_TIMEOUT_S = 5.0
+PURGE_KEYS_MAX = 500
+
+
+class StartError(Exception):
+    """The node can't start, and trying again would not help; the text says what to do."""
+
+
+# ---- Clients -----------------------------------------------------------------------------------
+
+
+class ClientHandler(socketserver.BaseRequestHandler):
+    """One connection, on its thread ``client-N``."""
+
+    server: TCPServer  # type: ignore[mutable-override]  # that is who makes it
+    request: socket.socket
+
+    def handle(self) -> None:
+        """Answer until the client leaves or is cut off."""
+        sock = self.request
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        _set_stall(sock, socket.SO_SNDTIMEO, STALL_S)
+        host, port = self.client_address[:2]
+        session = Session(self.server.service, f"{host}:{port}", lambda: _stop_reading(sock))
+        in_request = False
+        try:
+            while not session.closing:
+                data = sock.recv(RECEIVE_BYTES)
+                if not data:
+                    return
+                if replies := session.receive(data):
+                    sock.sendall(replies)
+                if session.parser.has_partial != in_request:
+                    in_request = not in_request
+                    _set_stall(sock, socket.SO_RCVTIMEO, STALL_S if in_request else 0)
+        except (ConnectionError, BlockingIOError):
+            pass  # it went away, or stood still for STALL_S
+        finally:
+            self.server.service.sessions.pop(session.id, None)
+
+
+def _set_stall(sock: socket.socket, option: int, seconds: int) -> None:
+    """Bound one send or receive by the kernel, which costs nothing while it isn't reached."""
+    sock.setsockopt(socket.SOL_SOCKET, option, struct.pack("ll", seconds, 0))
+
+
+def _stop_reading(sock: socket.socket) -> None:
+    # What has arrived is still read and answered; then the client's thread sees the end.
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RD)
+
+
+class TCPServer(socketserver.ThreadingTCPServer):
+    """Accepts clients, a thread each, up to ``--max-clients``."""
+
+    allow_reuse_address = True
+    daemon_threads = True
+    block_on_close = False
+    request_queue_size = 1024
+
+    def __init__(self, host: str, port: int) -> None:
+        """Bind, so that a port in use is known at once; ``serve`` begins to listen."""
+        super().__init__((host, port), ClientHandler, bind_and_activate=False)
+        self.service: Service  # set by ``serve``
+        try:
+            self.server_bind()
+        except OSError as error:
+            self.server_close()
+            raise StartError(
+                f"can't listen on {host}:{port}: {error.strerror}; stop what uses the port, or "
+                "choose another with --port"
+            ) from error
+
+    def serve(self, service: Service) -> None:
+        """Listen, and accept on the thread ``accept-clients``."""
+        self.service = service
+        self.server_activate()
+        threading.Thread(target=self.serve_forever, name="accept-clients", daemon=True).start()
+
+    def process_request(self, request: object, client_address: object) -> None:
+        """A new connection: its own thread, or a refusal."""
+        assert isinstance(request, socket.socket)
+        if len(self.service.sessions) >= self.service.settings.max_clients:
+            with contextlib.suppress(OSError):
+                request.sendall(b"-ERR max number of clients reached\r\n")
+            self.shutdown_request(request)
+            return
+        threading.Thread(
+            target=self.process_request_thread,
+            args=(request, client_address),
+            name=f"client-{self.service.connections_count + 1}",
+            daemon=True,
+        ).start()
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A bug in a session ends that connection; say so, with the traceback."""
+        log.error("client connection failed client=%s", client_address, exc_info=sys.exception())
+
+    def close_clients(self) -> None:
+        """Let every client find the new primary: answer what has arrived, then close."""
+        for session in list(self.service.sessions.values()):
+            session.close()
+
+
+# ---- Belonging to a cluster --------------------------------------------------------------------
+
+
+def open_identity(disk: ReplicationLog, node_id: str) -> Identity:
+    """Who this data directory is; an empty one becomes a new member (raft-traps T12)."""
+    if disk.identity is None:
+        disk.save_identity(Identity("", new_id(), node_id))
+    identity = disk.identity
+    assert identity is not None
+    if identity.node_id != node_id:
+        raise StartError(
+            f"the data directory belongs to {identity.node_id}, not to {node_id}: give "
+            f"--node-id {identity.node_id}, or another --data-dir"
+        )
+    return identity
+
+
+def enter_cluster(disk: ReplicationLog, me: Member, settings: Settings) -> Identity:
+    """Found a cluster or join one, on the first start; returns the identity, now complete.
+
+    The cluster id is saved last. So a log with entries but no cluster id is a founding that was
+    interrupted, which nobody else has heard of yet: it is finished.
+    """
+    if disk.recovered.last_index == 0 and disk.identity is not None:
+        cluster_id = join_cluster(me, settings)
+        if cluster_id is None:
+            found_cluster(disk, me._replace(voter=True))
+            cluster_id = new_id()
+            log.info("founded cluster=%s", cluster_id)
+    else:
+        cluster_id = new_id()
+    identity = Identity(cluster_id, me.member_id, me.node_id)
+    disk.save_identity(identity)
+    return identity
+
+
+def join_cluster(me: Member, settings: Settings) -> str | None:
+    """The id of the cluster that has taken us as a member; None: there is none, found one.
+
+    Waits until one is reached, unless ``--primary`` says to found one where there is none.
+    Raises StartError if it does not want us.
+    """
+    said = ""
+    while True:
+        reached = False
+        for address in settings.join:
+            answer = _ask_to_join(address, me)
+            if answer is None:
+                continue
+            reached = True
+            if answer.get("status") == "OK":
+                log.info("joined cluster=%s through=%s:%d", answer["cluster_id"], *address)
+                return str(answer["cluster_id"])
+            if answer.get("code") == "BAD_REQUEST":
+                raise StartError(
+                    f"{address[0]}:{address[1]} refuses this node: {answer['message']}"
+                )
+            said = _say_once(said, f"waiting to join: {answer.get('message')}")
+        if not reached and settings.primary:
+            return None
+        if not reached:
+            places = ", ".join(f"{host}:{port}" for host, port in settings.join)
+            text = f"waiting for a cluster at {places} (one founds it with --primary)"
+            said = _say_once(said, text)
+        time.sleep(JOIN_INTERVAL_S)
+
+
+def _say_once(said: str, text: str) -> str:
+    if text != said:
+        log.info("%s", text)
+    return text
+
+
+def _ask_to_join(address: Address, me: Member, *, redirects: int = 3) -> dict[str, object] | None:
+    """What a node answers to MEMBER JOIN, following it to the primary; None: no node is there."""
+    line = f"MEMBER JOIN {me.node_id} {me.member_id} {me.host} {me.port} {me.peer_port}\n"
+    try:
+        with socket.create_connection(address, timeout=JOIN_TIMEOUT_S) as sock:
+            sock.sendall(line.encode())
+            with sock.makefile("rb") as lines:
+                answer = json.loads(lines.readline(64 * 1024))
+    except (OSError, ValueError) as error:
+        log.debug("no answer to joining from=%s:%d error=%s", *address, error)
+        return None
+    if not isinstance(answer, dict):
+        return None
+    primary = answer.get("primary")
+    if answer.get("code") == "NOT_PRIMARY" and isinstance(primary, dict) and redirects:
+        next_address = (str(primary["host"]), int(primary["port"]))
+        return _ask_to_join(next_address, me, redirects=redirects - 1) or answer
+    return answer
+
+
+# ---- The process -------------------------------------------------------------------------------
+
+
+class Server:
+    """Everything of one node, wired together."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Open the disk and the ports. Raises StartError."""
+        self.settings = settings
+        self._stop = threading.Event()
+        self.exit_status = 0
+        self._boot_id = new_id()
+        try:
+            self._disk = self._open_disk()
+            identity = open_identity(self._disk, settings.node_id)
+            self._clients = TCPServer(settings.host, settings.port)
+            self._listener = PeerListener(
+                settings.host,
+                settings.peer_port,
+                boot_id=self._boot_id,
+                lease_reads=settings.read_mode == "lease",
+                on_fatal=self._die,
+            )
+        except (DataDirError, PeerPortInUseError) as error:
+            raise StartError(str(error)) from error
+        if not identity.cluster_id:
+            me = Member(
+                member_id=identity.member_id,
+                node_id=settings.node_id,
+                host=settings.advertise_host,
+                port=settings.port,
+                peer_port=settings.peer_port,
+                voter=False,
+            )
+            identity = enter_cluster(self._disk, me, settings)
+            self._disk.close()
+            self._disk = self._open_disk()
+        self.store = KeyValueStore()
+        self.node = RaftNode(
+            _node_config(settings),
+            identity,
+            self._disk,
+            self.store,
+            self._listener,
+            address=(settings.advertise_host, settings.peer_port),
+            boot_id=self._boot_id,
+            on_step_down=self._clients.close_clients,
+            on_fatal=self._die,
+            upkeep=self._purge_expired,
+        )
+        self.service = Service(settings, self.node, self.store)
+
+    def _open_disk(self) -> ReplicationLog:
+        return ReplicationLog(self.settings.data_dir, fsync=self.settings.fsync == "always")
+
+    def run(self) -> int:
+        """Serve until a signal; returns the exit status."""
+        self._clients.service = self.service
+        self.node.start()
+        self._clients.serve(self.service)
+        # What was loaded stays: the collector need not look at it again and again.
+        gc.freeze()
+        log.info(
+            "serving clients=%s:%d peers=%d node=%s member=%s",
+            self.settings.host,
+            self.settings.port,
+            self.settings.peer_port,
+            self.node.identity.node_id,
+            self.node.identity.member_id,
+        )
+        self._stop.wait()
+        log.info("stopping")
+        self._clients.shutdown()
+        self._clients.server_close()
+        self.node.stop()
+        self._clients.close_clients()
+        self._disk.close()
+        return self.exit_status
+
+    def stop(self, signal_number: int, frame: FrameType | None) -> None:
+        """On SIGTERM and SIGINT."""
+        self._stop.set()
+
+    def _die(self, error: BaseException) -> None:
+        """A thread has died. Nothing that this process says can be trusted now: end it at once."""
+        logging.shutdown()
+        os._exit(EXIT_FAULT)
+
+    def _purge_expired(self) -> Sequence[bytes]:
+        now_ms = self.service.now_ms()
+        pairs = self.store.due(now_ms, PURGE_KEYS_MAX)
+        if not pairs:
+            return ()
+        return [kv_commands.encode_payload(now_ms, purge_request(pairs))]
+
+
+def _node_config(settings: Settings) -> NodeConfig:
+    return NodeConfig(
+        heartbeat_interval_s=settings.heartbeat_interval_s,
+        election_timeout_min_s=settings.election_timeout_min_s,
+        election_timeout_max_s=settings.election_timeout_max_s,
+        async_replication=settings.replication == "async",
+        lease_reads=settings.read_mode == "lease",
+    )
+
+
+class _JsonFormatter(logging.Formatter):
+    """One JSON object a line, for those who collect logs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        fields = {
+            "time": self.formatTime(record),
+            "level": record.levelname,
+            "thread": record.threadName,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+def _configure_logging(settings: Settings) -> None:
+    handler = logging.StreamHandler()
+    formatter: logging.Formatter = logging.Formatter(
+        "%(asctime)s %(levelname)s %(threadName)s %(message)s"
+    )
+    if settings.log_format == "json":
+        formatter = _JsonFormatter()
+    handler.setFormatter(formatter)
+    logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
+
+
+def _warn_of_choices(settings: Settings) -> None:
+    if settings.fsync == "no":
+        log.warning("--fsync no: a power failure can lose writes that were answered OK")
+    if settings.replication == "async":
+        log.warning("--replication async: the primary's death can lose writes answered OK")
+    if settings.read_mode == "lease":
+        log.warning(
+            "--read-mode lease: reads rely on clocks that run at (nearly) the same rate; give it "
+            "to every node"
+        )
+
+
+def main(argv: Sequence[str] | None = None, environ: dict[str, str] | None = None) -> int:
+    """Run a node until it is told to stop; returns the exit status."""
+    try:
+        settings = parse_settings(
+            sys.argv[1:] if argv is None else argv, os.environ if environ is None else environ
+        )
+    except ConfigError as error:
+        sys.stderr.write(f"kv_store_server.py: {error}\n")
+        return 2
+    _configure_logging(settings)
+    log.info("starting version=%s python=%s", VERSION, sys.version.split()[0])
+    _warn_of_choices(settings)
+    threading.current_thread().name = "main"
+    threading.stack_size(1024 * 1024)
+    try:
+        server = Server(settings)
+    except StartError as error:
+        log.error("%s", error)
+        return EXIT_CONFIG
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, server.stop)
+    return server.run()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

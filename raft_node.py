@@ -1,0 +1,968 @@
+"""The driver: named threads and one lock around the pure core. The core decides, the driver does.
+
+Rule 1: ``_lock`` guards the core and everything else here; hold it for memory work only. What must
+happen outside (waking a link, a log line, a callback) is returned as *effects* and run afterwards.
+Rule 2: after taking the lock again, look at term and role again.
+Rule 3: a thread that dies takes the process with it (raft-traps T24): see ``Guarded``.
+Rule 4: a write that was proposed ends in its reply or in UNKNOWN, never in a definite error.
+
+| thread | does | waits on |
+|---|---|---|
+| raft-timer | ticks the core | the clock |
+| raft-log-writer | takes all that is pending, one write, one fsync; then lets the messages go | disk |
+| raft-applier | applies committed entries, wakes those who wait; upkeep of the store | memory |
+| raft-peer-NAME | dials a peer, pulls and pushes appends, heartbeats and votes | that socket |
+| raft-recv-NAME | reads a peer's frames, ``core.step`` | that socket |
+
+Lock order, never reversed: ``store_lock`` > ``_lock`` > a link's lock. Callers are the client
+threads of ``kv_store_server.py``. Read on in ``raft_core.py`` and ``raft_transport.py``.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from typing import Protocol
+
+from kv_errors import (
+    BadRequestError,
+    BusyError,
+    KVError,
+    NoPrimaryError,
+    NoSpaceError,
+    NotPrimaryError,
+    OutcomeUnknownError,
+)
+from kv_types import Reply
+from raft_core import (
+    EntriesOnDisk,
+    MembershipChangeRefusedError,
+    NotLeaderError,
+    RaftConfig,
+    RaftCore,
+    TooMuchUncommittedError,
+)
+from raft_log import RaftLog
+from raft_transport import Hello, PeerLink, PeerListener, encode_message
+from raft_types import (
+    Entry,
+    EntryKind,
+    HardState,
+    HashReport,
+    Identity,
+    Member,
+    MemberId,
+    Membership,
+    Message,
+    Ready,
+    Role,
+)
+from replication_log import ReplicationLog
+
+log = logging.getLogger(__name__)
+
+TICK_S = 0.01
+APPLY_BYTES_MAX = 1024 * 1024
+UPKEEP_INTERVAL_S = 0.1
+# Below this the primary refuses writes, so that what it has accepted still fits.
+DISK_RESERVE_BYTES = 64 * 1024 * 1024
+DISK_CHECK_INTERVAL_S = 1.0
+
+Effect = Callable[[], object]
+
+
+class StateMachine(Protocol):
+    """What the driver needs of the store. Called with ``store_lock`` held."""
+
+    @property
+    def applied_index(self) -> int:
+        """The index of the last entry applied or skipped."""
+
+    @property
+    def state_hash(self) -> int:
+        """Order-independent, the same on every node that has applied the same index."""
+
+    def apply(self, index: int, data: bytes) -> Reply:
+        """The reply to the command at ``index``; deterministic."""
+
+    def skip(self, index: int) -> None:
+        """The entry at ``index`` is not for the state machine."""
+
+    def hash_at(self, index: int) -> int | None:
+        """The state hash at a recent index; None if it is not known (any more)."""
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """Times in seconds."""
+
+    heartbeat_interval_s: float
+    election_timeout_min_s: float
+    election_timeout_max_s: float
+    async_replication: bool = False
+    lease_reads: bool = False
+
+    def in_ticks(self) -> RaftConfig:
+        """The same for the core."""
+        return RaftConfig(
+            heartbeat_ticks=max(1, round(self.heartbeat_interval_s / TICK_S)),
+            election_ticks_min=round(self.election_timeout_min_s / TICK_S),
+            election_ticks_max=round(self.election_timeout_max_s / TICK_S),
+        )
+
+
+class NodeRole(StrEnum):
+    """What a node is to its users."""
+
+    PRIMARY = "PRIMARY"
+    SECONDARY = "SECONDARY"
+    CANDIDATE = "CANDIDATE"  # asks for votes: there is no primary that it knows of
+    LEARNER = "LEARNER"  # holds the data, or is catching up; has no vote
+
+
+@dataclass(frozen=True, slots=True)
+class MemberStatus:
+    """A member as this node sees it; ``match_index`` and ``lag`` only where this node leads."""
+
+    member: Member
+    is_primary: bool
+    match_index: int | None
+    lag: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeStatus:
+    """A consistent picture of this node."""
+
+    identity: Identity
+    role: NodeRole
+    term: int
+    primary: Member | None
+    commit_index: int
+    applied_index: int
+    last_index: int
+    state_hash: int
+    voters: int
+    failures_tolerated: int
+    members: tuple[MemberStatus, ...]
+    trouble: str  # why this node does not serve (all), for a person; "" if all is well
+
+
+class _Waiter:
+    """One client thread that waits for entries ``first..last`` or for a read index.
+
+    Woken once, by a plain lock: cheaper than any condition.
+    """
+
+    __slots__ = ("blind", "error", "first", "last", "replies", "term", "wakeup")
+
+    def __init__(self, first: int, last: int, term: int, *, blind: bool = False) -> None:
+        self.first = first
+        self.last = last
+        self.term = term
+        self.blind = blind
+        self.replies: list[Reply] = []
+        self.error: KVError | None = None
+        self.wakeup = threading.Lock()
+        self.wakeup.acquire()
+
+    def finish(self, error: KVError | None = None) -> None:
+        self.error = error
+        self.wakeup.release()
+
+
+class RaftNode:
+    """One server of the cluster. ``start`` it, then call it from any thread."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        identity: Identity,
+        disk: ReplicationLog,
+        store: StateMachine,
+        listener: PeerListener,
+        *,
+        address: tuple[str, int],
+        boot_id: str,
+        on_step_down: Callable[[], None],
+        on_fatal: Callable[[BaseException], None],
+        upkeep: Callable[[], Sequence[bytes]] = tuple,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        recovered = disk.recovered
+        self.config = config
+        self.identity = identity
+        # Guards ``store``. The applier writes under it; readers of several keys take it too.
+        self.store_lock = threading.Lock()
+        self.store = store
+        self._disk = disk  # append: owner raft-log-writer; read: any thread
+        self._address = address  # where peers reach this node
+        self._boot_id = boot_id
+        self._on_step_down = on_step_down
+        self._on_fatal = on_fatal
+        self._upkeep = upkeep  # raft-applier asks the leader's store for payloads to propose
+        self._clock = clock
+        self._listener = listener
+        # Guards all that follows. Memory work only.
+        self._lock = threading.Lock()
+        self._core = RaftCore(
+            identity.member_id,
+            config.in_ticks(),
+            RaftLog(recovered.last_index, recovered.term_runs, recovered.tail),
+            recovered.hard_state,
+            recovered.memberships,
+            random.Random(),
+        )
+        # Notified when: a Ready is due; entries are to be applied; the primary has changed.
+        self._ready_due = threading.Condition(self._lock)
+        self._apply_due = threading.Condition(self._lock)
+        self._primary_changed = threading.Condition(self._lock)
+        self._stopping = False
+        self._applied_index = store.applied_index
+        self._waiting: deque[_Waiter] = deque()  # by log index
+        self._readers: set[_Waiter] = set()  # all that wait for a read index, or to reach it
+        self._readers_at: list[tuple[int, list[_Waiter]]] = []  # confirmed, not yet applied
+        self._links: dict[MemberId, PeerLink] = {}
+        self._connected: set[MemberId] = set()  # peers with a live connection to us
+        self._dead: set[MemberId] = set()  # peers whose port refuses, or is another process's
+        self._seen = (Role.FOLLOWER, self._core.term, self._core.leader_id)
+        self._seen_truncated = 0
+        self._seen_membership = Membership()
+        self._disk_full = False
+        self._lease = _Lease(config, clock)
+        self._audit = _Audit(self)
+        self._threads = [
+            threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
+            for name, run in (
+                ("raft-timer", self._run_timer),
+                ("raft-log-writer", self._run_log_writer),
+                ("raft-applier", self._run_applier),
+            )
+        ]
+
+    # ---- Start and stop (thread main) ----------------------------------------------------------
+
+    def start(self) -> None:
+        """Start the threads and talk to the peers."""
+        with self._lock:
+            effects = self._pump_locked()
+        _run(effects)
+        for thread in self._threads:
+            thread.start()
+        self._listener.start(self)
+
+    def stop(self) -> None:
+        """Stop everything; who still waits for a write gets UNKNOWN."""
+        with self._lock:
+            self._stopping = True
+            self._fail_waiting_locked(OutcomeUnknownError("the node is stopping"))
+            self._ready_due.notify_all()
+            self._apply_due.notify_all()
+            self._primary_changed.notify_all()
+            links = list(self._links.values())
+        self._listener.close()
+        for link in links:
+            link.close()
+        for thread in self._threads:
+            if thread is not threading.current_thread():
+                thread.join(timeout=5.0)
+
+    def _guard(self, run: Callable[[], None]) -> None:
+        """A thread of the node must not die alone and leave a zombie behind."""
+        try:
+            run()
+        except BaseException as error:
+            log.critical("thread died, so the process ends", exc_info=True)
+            self._on_fatal(error)
+
+    # ---- Any thread: writes, reads, questions --------------------------------------------------
+
+    def propose(
+        self, payloads: Sequence[bytes], *, blind: bool = False
+    ) -> tuple[int, Sequence[Reply]]:
+        """Replicate commands, wait until they are applied: (index of the first, replies).
+
+        With asynchronous replication and ``blind`` commands (whose reply is known beforehand) it
+        waits only for this node's own disk, and the replies are empty.
+        Raises NotPrimaryError, NoPrimaryError, BusyError or NoSpaceError when nothing was
+        proposed, OutcomeUnknownError when it may have been.
+        """
+        with self._lock:
+            self._check_serving_locked()
+            if self._disk_full:
+                raise NoSpaceError("the primary's disk is almost full: free some space")
+            try:
+                first = self._core.propose(payloads)
+            except NotLeaderError:
+                raise self._not_primary_locked() from None
+            except TooMuchUncommittedError:
+                raise BusyError("too many writes wait for a majority; try again") from None
+            waiter, effects = self._wait_for_locked(
+                first, len(payloads), blind=blind and self.config.async_replication
+            )
+        _run(effects)
+        return first, self._await_write(waiter)
+
+    def _wait_for_locked(
+        self, first: int, count: int, *, blind: bool = False
+    ) -> tuple[_Waiter, list[Effect]]:
+        waiter = _Waiter(first, first + count - 1, self._core.term, blind=blind)
+        self._waiting.append(waiter)
+        return waiter, self._pump_locked()
+
+    def _await_write(self, waiter: _Waiter) -> Sequence[Reply]:
+        # Check-quorum ends the wait long before this; the limit is for a hung disk.
+        if not waiter.wakeup.acquire(timeout=2 * self.config.election_timeout_max_s):
+            raise OutcomeUnknownError("no majority has confirmed the write in time")
+        if waiter.error is not None:
+            raise waiter.error
+        return waiter.replies
+
+    def read_barrier(self) -> None:
+        """Return when reading the store is linearizable. Source: thesis 6.4.
+
+        Raises NotPrimaryError or NoPrimaryError (a read that failed is always definite).
+        """
+        with self._lock:
+            self._check_serving_locked()
+            core = self._core
+            # With asynchronous replication what was answered OK may not be committed yet, and
+            # must be seen all the same.
+            last = core.log.last_index if self.config.async_replication else 0
+            reader = _Waiter(0, last, core.term)
+            effects: list[Effect] = []
+            if self._lease.is_valid() and core.committed_in_own_term:
+                self._readers.add(reader)
+                self._confirm_reads_locked(core.commit_index, [reader])
+            else:
+                try:
+                    core.read_index(reader)
+                except NotLeaderError:
+                    raise self._not_primary_locked() from None
+                self._readers.add(reader)
+                effects = self._pump_locked()
+        _run(effects)
+        if not reader.wakeup.acquire(timeout=self.config.election_timeout_max_s):
+            with self._lock:
+                self._readers.discard(reader)
+            raise NoPrimaryError("no majority has confirmed the read in time")
+        if reader.error is not None:
+            raise reader.error
+        # The leadership may have ended since the round (raft-traps T48). Read without the lock:
+        # each is one load, and the term never comes back.
+        if core.role is not Role.LEADER or core.term != reader.term:
+            raise NoPrimaryError("the primary has changed; try again")
+
+    def _check_serving_locked(self) -> None:
+        if self._stopping:
+            raise NoPrimaryError("the node is stopping")
+        if self._audit.trouble:
+            raise NoPrimaryError(self._audit.trouble)
+        if self._core.role is Role.LEADER and self._lease.must_wait():
+            raise NoPrimaryError("the last primary's lease has not run out; try again")
+
+    def _not_primary_locked(self) -> NotPrimaryError | NoPrimaryError:
+        primary = self._primary_locked()
+        if primary is None or primary.member_id == self.identity.member_id:
+            return NoPrimaryError()
+        return NotPrimaryError(primary.node_id, primary.host, primary.port)
+
+    def _primary_locked(self) -> Member | None:
+        leader_id = self._core.leader_id
+        return None if leader_id is None else self._core.membership.get(leader_id)
+
+    @property
+    def is_primary(self) -> bool:
+        """Whether this node leads (as far as it knows: only ``read_barrier`` is sure)."""
+        return self._core.role is Role.LEADER
+
+    def wait_for_primary(self, timeout_s: float) -> Member | None:
+        """The primary, waiting up to ``timeout_s`` until there is one that serves."""
+        deadline_s = self._clock() + timeout_s
+        with self._lock:
+            while not self._stopping:
+                primary = self._primary_locked()
+                if primary is not None and not (self.is_primary and self._lease.must_wait()):
+                    return primary
+                left_s = deadline_s - self._clock()
+                if left_s <= 0:
+                    break
+                self._primary_changed.wait(left_s)
+        return None
+
+    def add_member(self, member: Member) -> Membership:
+        """Add a learner, which gets its vote by itself once it has caught up; idempotent.
+
+        Raises BadRequestError if its name or address is another member's, and what ``propose``
+        raises.
+        """
+        with self._lock:
+            self._check_serving_locked()
+            if self._core.role is not Role.LEADER:
+                raise self._not_primary_locked()
+            membership = self._core.membership
+            if membership.get(member.member_id) is not None:
+                return membership
+            _check_newcomer(membership, member)
+            try:
+                index = self._core.add_learner(member._replace(voter=False))
+            except MembershipChangeRefusedError as error:
+                raise BusyError(str(error)) from None
+            membership = self._core.membership
+            waiter, effects = self._wait_for_locked(index, 1)
+        _run(effects)
+        self._await_write(waiter)
+        return membership
+
+    def status(self) -> NodeStatus:
+        """How things stand."""
+        with self.store_lock:
+            applied_index, state_hash = self.store.applied_index, self.store.state_hash
+        with self._lock:
+            core, membership = self._core, self._core.membership
+            return NodeStatus(
+                identity=self.identity,
+                role=self._node_role_locked(),
+                term=core.term,
+                primary=self._primary_locked(),
+                commit_index=core.commit_index,
+                applied_index=applied_index,
+                last_index=core.log.last_index,
+                state_hash=state_hash,
+                voters=len(membership.voters),
+                failures_tolerated=membership.failures_tolerated,
+                members=tuple(map(self._member_status_locked, membership.members)),
+                trouble=self._audit.trouble or ("disk almost full" if self._disk_full else ""),
+            )
+
+    def _node_role_locked(self) -> NodeRole:
+        core = self._core
+        if core.role is Role.LEADER:
+            return NodeRole.PRIMARY
+        if core.role is not Role.FOLLOWER:
+            return NodeRole.CANDIDATE
+        is_voter = core.membership.is_voter(core.member_id)
+        return NodeRole.SECONDARY if is_voter else NodeRole.LEARNER
+
+    def _member_status_locked(self, member: Member) -> MemberStatus:
+        core, match_index = self._core, None
+        if core.role is Role.LEADER:
+            progress = core.progress.get(member.member_id)
+            match_index = progress.match_index if progress else core.log.stable_index
+        lag = None if match_index is None else core.log.last_index - match_index
+        return MemberStatus(member, member.member_id == core.leader_id, match_index, lag)
+
+    # ---- Caller holds _lock --------------------------------------------------------------------
+
+    def _pump_locked(self) -> list[Effect]:
+        """Notify whoever has work after the core has moved; returns what to do outside the lock."""
+        core = self._core
+        if core.has_ready:
+            self._ready_due.notify()
+        for read_index, tokens in core.take_reads():
+            self._confirm_reads_locked(read_index, tokens)  # type: ignore[arg-type]
+        if core.commit_index > self._applied_index:
+            self._apply_due.notify()
+        effects: list[Effect] = [
+            link.wake for member_id, link in self._links.items() if core.wants_append(member_id)
+        ]
+        if core.membership is not self._seen_membership:
+            effects += self._follow_membership_locked()
+        if (core.role, core.term, core.leader_id) != self._seen:
+            effects += self._follow_role_locked()
+        self._lease.follow(core)
+        return effects
+
+    def _confirm_reads_locked(self, read_index: int, readers: list[_Waiter]) -> None:
+        read_index = max(read_index, *(reader.last for reader in readers))
+        if read_index > self._applied_index:
+            self._readers_at.append((read_index, readers))
+        else:
+            self._finish_readers_locked(readers)
+
+    def _finish_readers_locked(self, readers: list[_Waiter]) -> None:
+        self._readers.difference_update(readers)
+        for reader in readers:
+            reader.finish()
+
+    def _follow_role_locked(self) -> list[Effect]:
+        """What a change of role, term or leader asks for."""
+        core, (old_role, old_term, _) = self._core, self._seen
+        self._seen = (core.role, core.term, core.leader_id)
+        self._primary_changed.notify_all()
+        effects: list[Effect] = []
+        if old_role is Role.LEADER and (core.role is not Role.LEADER or core.term != old_term):
+            self._fail_waiting_locked(OutcomeUnknownError("this node lost the leadership"))
+            effects.append(self._on_step_down)
+        if core.role is Role.LEADER and old_role is not Role.LEADER:
+            self._lease.begin()
+        leader = self._primary_locked()
+        name = leader.node_id if leader else core.leader_id
+        effects.append(
+            partial(
+                log.info, "role=%s term=%d leader=%s", self._node_role_locked(), core.term, name
+            )
+        )
+        if core.truncated_count > self._seen_truncated:
+            count = core.truncated_count - self._seen_truncated
+            self._seen_truncated = core.truncated_count
+            effects.append(partial(log.warning, "rolled back entries=%d", count))
+        return effects
+
+    def _fail_waiting_locked(self, error: OutcomeUnknownError) -> None:
+        while self._waiting:
+            self._waiting.popleft().finish(error)
+        self._readers_at.clear()
+        while self._readers:
+            self._readers.pop().finish(self._not_primary_locked())
+
+    def _follow_membership_locked(self) -> list[Effect]:
+        """Keep one link to each other member."""
+        membership = self._seen_membership = self._core.membership
+        voters = ",".join(m.node_id for m in membership.members if m.voter)
+        learners = ",".join(m.node_id for m in membership.members if not m.voter)
+        effects: list[Effect] = [
+            partial(log.info, "members voters=%s learners=%s", voters, learners)
+        ]
+        for member in membership.members:
+            if member.member_id != self.identity.member_id:
+                effects += self._link_to_locked(member)
+        return effects
+
+    def _link_to_locked(self, member: Member) -> list[Effect]:
+        if member.member_id in self._links:
+            return []
+        link = self._links[member.member_id] = PeerLink(
+            self.identity,
+            member,
+            address=self._address,
+            boot_id=self._boot_id,
+            lease_reads=self.config.lease_reads,
+            source=self._next_append,
+            on_up=self._on_link_up,
+            on_peer_dead=self._on_peer_dead,
+            on_fatal=self._on_fatal,
+        )
+        return [link.start]
+
+    # ---- Thread raft-timer ---------------------------------------------------------------------
+
+    def _run_timer(self) -> None:
+        ticks_max = self._core.config.heartbeat_ticks
+        last_s = self._clock()
+        while not self._stopping:
+            time.sleep(TICK_S)
+            now_s = self._clock()
+            # A long pause of the process (SIGSTOP, suspend) counts as one heartbeat interval at
+            # most: there may be news from the others in the sockets, to be read first (T60).
+            ticks = min(int((now_s - last_s) / TICK_S), ticks_max)
+            last_s = now_s if ticks == ticks_max else last_s + ticks * TICK_S
+            with self._lock:
+                for _ in range(ticks):
+                    self._core.tick()
+                if self._lease.just_ended():
+                    self._primary_changed.notify_all()
+                effects = self._pump_locked()
+            _run(effects)
+
+    # ---- Thread raft-log-writer ----------------------------------------------------------------
+
+    def _run_log_writer(self) -> None:
+        next_check_s = 0.0
+        while True:
+            with self._lock:
+                while (ready := self._core.ready()) is None and not self._stopping:
+                    self._ready_due.wait(DISK_CHECK_INTERVAL_S)
+                    if self._clock() >= next_check_s:
+                        break
+                if ready is None and self._stopping:
+                    return
+            if ready is not None:
+                self._write(ready)
+            if self._clock() >= next_check_s:
+                next_check_s = self._clock() + DISK_CHECK_INTERVAL_S
+                self._check_disk_space()
+
+    def _write(self, ready: Ready) -> None:
+        if ready.hard_state is not None or ready.entries:
+            self._disk.append(ready.hard_state, ready.entries)
+        with self._lock:
+            effects = self._advance_locked(ready)
+        _run(effects)
+
+    def _advance_locked(self, ready: Ready) -> list[Effect]:
+        """``ready`` is durable: its messages may go, and blind writes are done."""
+        self._core.advance(ready)
+        effects: list[Effect] = [
+            partial(link.post, message)
+            for message in ready.messages
+            if (link := self._links.get(message.to)) is not None
+        ]
+        if self.config.async_replication and self._core.role is Role.LEADER:
+            self._finish_blind_locked(self._core.log.stable_index)
+        return effects + self._pump_locked()
+
+    def _finish_blind_locked(self, stable_index: int) -> None:
+        left = deque[_Waiter]()
+        for waiter in self._waiting:
+            if waiter.blind and waiter.last <= stable_index:
+                waiter.finish()
+            else:
+                left.append(waiter)
+        self._waiting = left
+
+    def _check_disk_space(self) -> None:
+        full = self._disk.bytes_free() < DISK_RESERVE_BYTES
+        if full != self._disk_full:
+            self._disk_full = full  # one writer; read without the lock is fine
+            if full:
+                log.error("disk almost full: writes are refused until there is room again")
+            else:
+                log.info("disk has room again: writes are accepted")
+
+    # ---- Thread raft-applier -------------------------------------------------------------------
+
+    def _run_applier(self) -> None:
+        next_upkeep_s = 0.0
+        while True:
+            with self._lock:
+                if self._core.commit_index <= self._applied_index and not self._stopping:
+                    self._apply_due.wait(UPKEEP_INTERVAL_S)
+                if self._stopping:
+                    return
+                first, commit_index = self._applied_index + 1, self._core.commit_index
+                entries = self._core.entries_to_apply(first, APPLY_BYTES_MAX)
+                # Further the disk may still hold what was replaced in memory.
+                on_disk = min(commit_index, self._core.log.stable_index)
+            if entries is None:
+                entries = tuple(self._disk.read(first, on_disk, APPLY_BYTES_MAX))
+            if entries:
+                self._apply(entries)
+            if self._clock() >= next_upkeep_s:
+                next_upkeep_s = self._clock() + UPKEEP_INTERVAL_S
+                self._do_upkeep()
+
+    def _apply(self, entries: Sequence[Entry]) -> None:
+        store = self.store
+        replies: list[Reply] = []
+        with self.store_lock:
+            for index, _, kind, data in entries:
+                if kind is EntryKind.COMMAND:
+                    replies.append(store.apply(index, data))
+                else:
+                    store.skip(index)
+                    replies.append(None)
+        last = entries[-1]
+        with self._lock:
+            self._applied_index = last.index
+            self._core.applied_to(last.index)
+            self._finish_applied_locked(entries, replies)
+
+    def _finish_applied_locked(self, entries: Sequence[Entry], replies: list[Reply]) -> None:
+        """Wake those whose entries, or read index, have been applied."""
+        first, last = entries[0].index, entries[-1].index
+        waiting = self._waiting
+        while waiting and waiting[0].first <= last:
+            waiter = waiting[0]
+            # What was proposed in one go may be applied in several: its replies gather.
+            begin = waiter.first + len(waiter.replies) - first
+            end = min(waiter.last, last) - first + 1
+            # Leadership was lost and won again: whose entry stands here? (raft-traps T33)
+            assert all(entry.term == waiter.term for entry in entries[begin:end])
+            waiter.replies += replies[begin:end]
+            if waiter.last > last:
+                break
+            waiting.popleft()
+            waiter.finish()
+        if self._readers_at:
+            still: list[tuple[int, list[_Waiter]]] = []
+            for read_index, readers in self._readers_at:
+                if read_index > last:
+                    still.append((read_index, readers))
+                else:
+                    self._finish_readers_locked(readers)
+            self._readers_at = still
+
+    def _do_upkeep(self) -> None:
+        """Propose what the store wants done (expiry), and compare states with the others."""
+        if self.is_primary:
+            with self.store_lock:
+                payloads = self._upkeep()
+            if payloads:
+                with self._lock:
+                    effects = []
+                    if self._core.role is Role.LEADER and not self._disk_full:
+                        self._core.propose(payloads)
+                        effects = self._pump_locked()
+                _run(effects)
+        self._audit.run()
+
+    # ---- Threads raft-peer-NAME ----------------------------------------------------------------
+
+    def _next_append(self, member_id: MemberId) -> bytes | None:
+        """The next frame for this peer, with all that has gathered for it."""
+        with self._lock:
+            message = self._core.append_for(member_id)
+        while isinstance(message, EntriesOnDisk):
+            entries = self._read_for_peer(message)
+            with self._lock:
+                core = self._core
+                message = core.append_with(member_id, entries) or core.append_for(member_id)
+        if message is None:
+            return None
+        return encode_message(self.identity.cluster_id, message)
+
+    def _read_for_peer(self, wanted: EntriesOnDisk) -> list[Entry]:
+        try:
+            return self._disk.read(wanted.first, wanted.last, self._core.config.append_bytes_max)
+        except IndexError:
+            return []  # truncated since it was asked for: this node leads no more
+
+    def _on_link_up(self, member_id: MemberId) -> None:
+        with self._lock:
+            self._dead.discard(member_id)
+            self._core.link_up(member_id)
+            effects = self._pump_locked()
+        _run(effects)
+
+    def _on_peer_dead(self, member_id: MemberId) -> None:
+        with self._lock:
+            self._dead.add(member_id)
+            effects = self._weigh_death_locked(member_id)
+        _run(effects)
+
+    def _weigh_death_locked(self, member_id: MemberId) -> list[Effect]:
+        """Both must be seen: its connection to us is gone, and its port refuses or is another's."""
+        if member_id not in self._dead or member_id in self._connected:
+            return []
+        self._core.leader_died(member_id)
+        return self._pump_locked()
+
+    # ---- Threads raft-recv-NAME ----------------------------------------------------------------
+
+    def on_connected(self, hello: Hello) -> None:
+        """A peer has dialled us (of the listener)."""
+        peer = Member(hello.sender, hello.node_id, hello.host, 0, hello.peer_port, voter=False)
+        with self._lock:
+            self._connected.add(hello.sender)
+            # It need not be in our membership: a new leader, or any at all for a new member. It
+            # must get its answers all the same (raft-traps T62).
+            effects = self._link_to_locked(peer) or [self._links[hello.sender].kick]
+            # Answers on its old connection, or before it had one, are lost: ask anew.
+            self._core.link_up(hello.sender)
+            effects += self._pump_locked()
+        _run(effects)
+
+    def on_disconnected(self, member_id: MemberId) -> None:
+        """A peer's connection to us is gone (of the listener)."""
+        with self._lock:
+            self._connected.discard(member_id)
+            effects = self._weigh_death_locked(member_id)
+        _run(effects)
+
+    def on_message(self, message: Message) -> None:
+        """A peer's message (of the listener)."""
+        if isinstance(message, HashReport):
+            self._audit.on_report(message)
+            return
+        with self._lock:
+            core = self._core
+            core.step(message)
+            effects: list[Effect] = []
+            # Answers that need nothing written do not wait for the writer's thread to wake.
+            if core.needs_no_write and (ready := core.ready()) is not None:
+                effects = self._advance_locked(ready)
+            else:
+                effects = self._pump_locked()
+        _run(effects)
+
+
+# ---- Parts of RaftNode -------------------------------------------------------------------------
+
+
+class _Lease:
+    """The leader's lease, which answers reads without a round (thesis 6.4.1).
+
+    Only with ``--read-mode lease``; otherwise never valid. A round that a majority has answered
+    proves that none of them votes for another for an election timeout from its start. That
+    promise is not kept where a dead leader's followers campaign at once: so a new leader waits
+    until any old lease has run out. Caller holds the node's lock.
+    """
+
+    # Of the minimum election timeout: the rest is for clocks that run at different rates.
+    FRACTION = 0.8
+
+    def __init__(self, config: NodeConfig, clock: Callable[[], float]) -> None:
+        self._enabled = config.lease_reads
+        self._election_timeout_min_s = config.election_timeout_min_s
+        self._clock = clock
+        self._started: deque[tuple[int, float]] = deque()  # (round, when it began), unconfirmed
+        self._valid_until_s = 0.0
+        self._wait_until_s = 0.0
+
+    def begin(self) -> None:
+        """This node has just become the leader."""
+        self._started.clear()
+        self._valid_until_s = 0.0
+        if self._enabled:
+            self._wait_until_s = self._clock() + self._election_timeout_min_s
+
+    def follow(self, core: RaftCore) -> None:
+        """Note which rounds have begun, before any message of theirs leaves, or were confirmed."""
+        if not self._enabled or core.role is not Role.LEADER:
+            self._valid_until_s = 0.0
+            return
+        if not self._started or self._started[-1][0] < core.round:
+            self._started.append((core.round, self._clock()))
+        confirmed = core.confirmed_round
+        while self._started and self._started[0][0] <= confirmed:
+            _, began_s = self._started.popleft()
+            self._valid_until_s = began_s + self._election_timeout_min_s * self.FRACTION
+
+    def is_valid(self) -> bool:
+        """Whether this leader may answer a read by itself now."""
+        return self._enabled and self._clock() < self._valid_until_s
+
+    def must_wait(self) -> bool:
+        """Whether the last leader's lease may still run."""
+        return self._enabled and self._clock() < self._wait_until_s
+
+    def just_ended(self) -> bool:
+        """True once, when waiting for the old lease is over."""
+        if self._wait_until_s == 0.0 or self.must_wait():
+            return False
+        self._wait_until_s = 0.0
+        return True
+
+
+class _Audit:
+    """Compares the nodes' state hashes at equal applied index while they run (promise G6).
+
+    The leader asks all for their hash at an index it has applied; each answers when it gets
+    there. Where a majority agrees and someone differs, the leader tells all, and who differs
+    stops serving: it may be the leader itself. ``run`` is called by raft-applier, ``on_report``
+    by raft-recv-NAME; the fields are guarded by the node's lock.
+    """
+
+    def __init__(self, node: RaftNode) -> None:
+        self._node = node
+        self.trouble = ""  # set once, for good: only a restart rebuilds the state
+        self._question: HashReport | None = None  # of the leader, to be answered
+        self._own = (0, 0)  # (index, hash) that this node last answered or asked with
+        self._answers: dict[MemberId, int] = {}
+        self._next_s = 0.0
+
+    def run(self) -> None:
+        """Ask (as leader) or answer (as follower) what is due."""
+        node = self._node
+        with node.store_lock:
+            now_index, now_hash = node.store.applied_index, node.store.state_hash
+            question = self._question
+            then_hash = node.store.hash_at(question.applied_index) if question else None
+        with node._lock:
+            effects: list[Effect] = []
+            if node._core.role is Role.LEADER:
+                if node._clock() >= self._next_s:
+                    self._next_s = node._clock() + node.config.heartbeat_interval_s
+                    self._own = (now_index, now_hash)
+                    self._answers = {node.identity.member_id: now_hash}
+                    effects = self._tell_locked(node._links, now_index, now_hash)
+            elif question is not None and question.applied_index <= now_index:
+                self._question = None
+                if then_hash is not None:
+                    self._own = (question.applied_index, then_hash)
+                    effects = self._tell_locked([question.sender], *self._own)
+        _run(effects)
+
+    def _tell_locked(
+        self, to: Iterable[MemberId], index: int, state_hash: int, *, is_verdict: bool = False
+    ) -> list[Effect]:
+        node = self._node
+        me, term = node.identity.member_id, node._core.term
+        return [
+            partial(
+                node._links[member_id].post,
+                HashReport(me, member_id, term, index, state_hash, is_verdict),
+            )
+            for member_id in to
+            if member_id in node._links
+        ]
+
+    def on_report(self, report: HashReport) -> None:
+        """A question or verdict of the leader, or a follower's answer."""
+        node = self._node
+        with node._lock:
+            effects: list[Effect] = []
+            if report.term != node._core.term:
+                return
+            if node._core.role is Role.LEADER:
+                effects = self._on_answer_locked(report)
+            elif report.is_verdict:
+                effects = self._judge_locked(report.applied_index, report.state_hash)
+            else:
+                self._question = report
+        _run(effects)
+
+    def _on_answer_locked(self, report: HashReport) -> list[Effect]:
+        node, membership = self._node, self._node._core.membership
+        if report.applied_index != self._own[0]:
+            return []
+        self._answers[report.sender] = report.state_hash
+        values = set(self._answers.values())
+        if len(values) == 1:
+            return []
+        for value in values:
+            if membership.has_quorum(m for m, answer in self._answers.items() if answer == value):
+                told = self._tell_locked(node._links, self._own[0], value, is_verdict=True)
+                return told + self._judge_locked(self._own[0], value)
+        if len(self._answers) < len(membership.voters):
+            return []
+        return self._stop_serving_locked("the nodes' states differ and no majority agrees")
+
+    def _judge_locked(self, index: int, state_hash: int) -> list[Effect]:
+        if self._own[0] != index or self._own[1] == state_hash:
+            text = "another node's state differs from the majority's at index=%d"
+            return [partial(log.error, text, index)]
+        return self._stop_serving_locked(
+            f"this node's state differs from the majority's at index {index}"
+        )
+
+    def _stop_serving_locked(self, why: str) -> list[Effect]:
+        if self.trouble:
+            return []
+        self.trouble = f"{why}: it no longer serves; restart it to rebuild its state from the log"
+        self._node._core.step_down()
+        return [partial(log.critical, self.trouble), *self._node._pump_locked()]
+
+
+def _check_newcomer(membership: Membership, newcomer: Member) -> None:
+    for member in membership.members:
+        if member.node_id == newcomer.node_id:
+            raise BadRequestError(
+                f"the name {newcomer.node_id} is taken by member {member.member_id} at "
+                f"{member.host}:{member.port}; a node that lost its data directory can't come back "
+                "under its old name"
+            )
+        if (member.host, member.port) == (newcomer.host, newcomer.port):
+            raise BadRequestError(
+                f"the address {member.host}:{member.port} is taken by {member.node_id}"
+            )
+
+
+def _run(effects: Sequence[Effect]) -> None:
+    for effect in effects:
+        effect()
+
+
+def found_cluster(disk: ReplicationLog, founder: Member) -> Entry:
+    """Make ``founder`` the only voter of a new cluster: its log's first entry."""
+    entry = Entry(1, 1, EntryKind.MEMBERSHIP, Membership((founder,)).encode())
+    disk.append(HardState(1, None), [entry])
+    return entry
