@@ -1,0 +1,993 @@
+"""Peer frames and peer links: how Raft's messages get from one server to another.
+
+Rule 1: a link carries messages one way, over the connection that the sender dialled; what the peer
+says comes over the one that it dialled. So no server writes where it might also have to read.
+Rule 2: a link may lose, delay or reorder messages, never change one: every frame has a length
+(checked before anything is allocated), a version, a checksum, the cluster's id, sender and receiver.
+Rule 3: bytes that are not a whole, valid frame close the connection, and nothing else (T13, T68).
+Rule 4: silence is no evidence. A peer is called dead only when its port refuses connections, or
+another process answers at it, after a link to it broke. Time-outs are Raft's business.
+
+Threads: ``raft-peer-<node>`` runs a PeerLink (dial, hand-shake, send), ``accept-peers`` and a
+``raft-recv-<node>`` for each connection run a PeerListener. All callbacks come from these threads
+and with none of the locks held that ``post``, ``wake``, ``kick`` and ``send_now`` take; so these
+four may be called with the caller's own lock held (order: caller's lock > the locks here).
+
+Read on in ``raft_node.py``, which owns the links and the listener.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import random
+import select
+import socket
+import struct
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from operator import attrgetter
+from typing import Final, Protocol
+
+from raft_types import (
+    AppendEntries,
+    AppendReply,
+    HashReport,
+    Identity,
+    Member,
+    MemberId,
+    Message,
+    VoteReply,
+    VoteRequest,
+    decode_entries,
+    encode_entries,
+)
+
+log = logging.getLogger(__name__)
+
+FORMAT_VERSION: Final = 1
+FRAME_BYTES_MAX: Final = 80 << 20  # the largest request (64 MiB) and its neighbours in a batch
+HANDSHAKE_BYTES_MAX: Final = 1024  # who has not said its name yet gets no more memory than this
+TEXT_BYTES_MAX: Final = 900  # of a name or a reason in a handshake
+RECEIVE_BYTES: Final = 256 << 10
+QUEUE_MESSAGES_MAX: Final = 256
+UNIDENTIFIED_MAX: Final = 64  # connections that have not said their name yet
+SENDERS_MAX: Final = 64  # connections that have: more than any sensible cluster has members
+CONNECT_TIMEOUT_S: Final = 1.0
+BACKOFF_S_MIN: Final = 0.05
+BACKOFF_S_MAX: Final = 1.0
+
+
+class FrameError(Exception):
+    """The bytes on a peer connection are not a frame for this server; the text says which part."""
+
+
+class PeerPortInUseError(OSError):
+    """Another process listens on the address that is meant for this server's peers."""
+
+
+# ---- Frames: pure ------------------------------------------------------------------------------
+
+
+class FrameType(IntEnum):
+    """What a frame's body is; the number is the byte on the wire."""
+
+    HELLO = 1
+    REFUSED = 2
+    APPEND_ENTRIES = 3
+    APPEND_REPLY = 4
+    VOTE_REQUEST = 5
+    VOTE_REPLY = 6
+    HASH_REPORT = 7
+
+
+@dataclass(frozen=True, slots=True)
+class _Greeting:
+    """What both handshake frames say: who speaks, whom it means, and which process it is."""
+
+    cluster_id: str
+    sender: MemberId
+    to: MemberId
+    boot_id: str  # random for each start of the process
+
+    @property
+    def ids(self) -> tuple[str, MemberId, MemberId]:
+        """As in the header of every frame."""
+        return self.cluster_id, self.sender, self.to
+
+
+@dataclass(frozen=True, slots=True)
+class Hello(_Greeting):
+    """The first frame each way."""
+
+    lease_reads: bool  # --read-mode lease, which only works when all members honour it
+    node_id: str
+    # Where the sender can be dialled, for it may be news to the receiver (a new member knows
+    # nobody); empty in the answer, which goes to someone who has dialled it.
+    host: str = ""
+    peer_port: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Refused(_Greeting):
+    """The answer to a Hello that is not accepted; a person reads the reason."""
+
+    reason: str
+
+
+# A frame: this header, the body, and a CRC32 over both. The length counts what follows it.
+_HEADER = struct.Struct(">IBB8s8s8s")  # length, version, type, cluster id, sender, to
+_LENGTH = struct.Struct(">I")
+_CHECKSUM = struct.Struct(">I")
+_FRAME_BYTES_MIN = _HEADER.size + _CHECKSUM.size
+_IDS = slice(6, _HEADER.size)  # where the three ids stand in a frame
+
+_HELLO = struct.Struct(">8s?HB")  # boot_id, lease_reads, peer_port, length of host; host, node_id
+_REFUSED = struct.Struct(">8s")  # boot_id; reason follows
+_APPEND_ENTRIES = struct.Struct(">QQQQQ")  # all numbers of it; encode_entries() follows
+_append_numbers = attrgetter("term", "prev_index", "prev_term", "commit_index", "round")
+
+
+class _FixedBody:
+    """The body of a message that is all numbers, in the order of its fields after the ids."""
+
+    def __init__(self, frame_type: FrameType, message: type[Message], layout: str) -> None:
+        self.frame_type = frame_type
+        self.message: Callable[..., Message] = message
+        self.struct = struct.Struct(layout)
+        self.values = attrgetter(*(f.name for f in fields(message)[2:]))
+
+
+_FIXED_BODIES = (
+    _FixedBody(FrameType.APPEND_REPLY, AppendReply, ">Q?QQQQQ"),
+    _FixedBody(FrameType.VOTE_REQUEST, VoteRequest, ">QQQ?"),
+    _FixedBody(FrameType.VOTE_REPLY, VoteReply, ">Q??"),
+    _FixedBody(FrameType.HASH_REPORT, HashReport, ">QQQ?"),
+)
+_BODY_BY_CLASS = {body.message: body for body in _FIXED_BODIES}
+_BODY_BY_TYPE = {int(body.frame_type): body for body in _FIXED_BODIES}
+
+
+def _raw(hex_id: str) -> bytes:
+    raw = bytes.fromhex(hex_id)
+    assert len(raw) == 8, f"not an id: {hex_id!r}"
+    return raw
+
+
+def _seal(
+    frame_type: FrameType, ids: tuple[str, MemberId, MemberId], body: bytes, more: bytes = b""
+) -> bytes:
+    """A frame of ``body`` followed by ``more`` (apart, to spare the copy of a big one)."""
+    length = _FRAME_BYTES_MIN - _LENGTH.size + len(body) + len(more)
+    assert length <= FRAME_BYTES_MAX, f"a frame of {length} bytes would be refused"
+    cluster_id, sender, to = ids
+    head = _HEADER.pack(
+        length, FORMAT_VERSION, frame_type, _raw(cluster_id), _raw(sender), _raw(to)
+    )
+    checksum = zlib.crc32(more, zlib.crc32(body, zlib.crc32(head)))
+    return b"".join((head, body, more, _CHECKSUM.pack(checksum)))
+
+
+def encode_message(cluster_id: str, message: Message) -> bytes:
+    """The message as one frame."""
+    ids = (cluster_id, message.sender, message.to)
+    if isinstance(message, AppendEntries):
+        numbers = _APPEND_ENTRIES.pack(*_append_numbers(message))
+        return _seal(FrameType.APPEND_ENTRIES, ids, numbers, encode_entries(message.entries))
+    body = _BODY_BY_CLASS[type(message)]
+    return _seal(body.frame_type, ids, body.struct.pack(*body.values(message)))
+
+
+def _check_length(length: int, bytes_max: int) -> None:
+    if length > bytes_max:
+        raise FrameError(f"a frame claims {length} bytes; at most {bytes_max} are accepted")
+    if length < _FRAME_BYTES_MIN - _LENGTH.size:
+        raise FrameError(f"a frame claims {length} bytes, too few for its header")
+
+
+def _check_frame(frame: bytes, checksum: int) -> int:
+    """The type of a frame, which is whole but for its checksum. Raises FrameError."""
+    version, frame_type = frame[4], frame[5]
+    # First, since a later version may have its checksum elsewhere.
+    if version != FORMAT_VERSION:
+        raise FrameError(f"a frame of format version {version}; this is {FORMAT_VERSION}")
+    if zlib.crc32(frame) != checksum:
+        raise FrameError("a frame's checksum is wrong")
+    return frame_type
+
+
+class FrameDecoder:
+    """Bytes in, messages out, for one connection on which ``sender`` talks to ``to``."""
+
+    def __init__(self, cluster_id: str, *, sender: MemberId, to: MemberId) -> None:
+        self._ids = (cluster_id, sender, to)
+        self._raw_ids = _raw(cluster_id) + _raw(sender) + _raw(to)
+        self._buffer = bytearray()  # starts with a frame's first byte
+
+    def feed(self, data: bytes | memoryview) -> None:
+        """Add what was received, however it was cut."""
+        self._buffer += data
+
+    def take(self) -> Iterator[Message]:
+        """All messages that are complete by now.
+
+        Raises FrameError at the first bad frame, after the messages before it, and ever after.
+        """
+        buffer = self._buffer
+        while len(buffer) >= _LENGTH.size:
+            (length,) = _LENGTH.unpack_from(buffer)
+            _check_length(length, FRAME_BYTES_MAX)
+            end = _LENGTH.size + length - _CHECKSUM.size
+            if len(buffer) < end + _CHECKSUM.size:
+                return
+            (checksum,) = _CHECKSUM.unpack_from(buffer, end)
+            with memoryview(buffer) as view:
+                frame = bytes(view[:end])
+            message = self._decode(frame, _check_frame(frame, checksum))
+            del buffer[: end + _CHECKSUM.size]
+            yield message
+
+    def _decode(self, frame: bytes, frame_type: int) -> Message:
+        if frame[_IDS] != self._raw_ids:
+            raise FrameError(self._wrong_id(frame))
+        _, sender, to = self._ids
+        try:
+            if frame_type == FrameType.APPEND_ENTRIES:
+                term, index, index_term, *more = _APPEND_ENTRIES.unpack_from(frame, _HEADER.size)
+                entries = tuple(decode_entries(frame, _HEADER.size + _APPEND_ENTRIES.size))
+                return AppendEntries(sender, to, term, index, index_term, entries, *more)
+            if body := _BODY_BY_TYPE.get(frame_type):
+                return body.message(sender, to, *body.struct.unpack(frame[_HEADER.size :]))
+        except (struct.error, ValueError) as error:
+            raise FrameError(f"a frame's body is wrong: {error}") from error
+        raise FrameError(f"a frame of the unknown type {frame_type}")
+
+    def _wrong_id(self, frame: bytes) -> str:
+        found = (raw.hex() for raw in _HEADER.unpack_from(frame)[3:])
+        pairs = zip(("cluster", "sender", "receiver"), found, self._ids, strict=True)
+        wrong = [f"{what} {is_}, not {should}" for what, is_, should in pairs if is_ != should]
+        return f"a frame of {' and '.join(wrong)}"
+
+
+def encode_handshake(message: Hello | Refused) -> bytes:
+    """The Hello or Refused as one frame of at most HANDSHAKE_BYTES_MAX."""
+    boot_id = _raw(message.boot_id)
+    if isinstance(message, Hello):
+        host = message.host.encode()[:255]  # a DNS name is no longer
+        body = _HELLO.pack(boot_id, message.lease_reads, message.peer_port, len(host))
+        name = message.node_id.encode()[: TEXT_BYTES_MAX - len(host)]
+        return _seal(FrameType.HELLO, message.ids, body, host + name)
+    reason = message.reason.encode()[:TEXT_BYTES_MAX]
+    return _seal(FrameType.REFUSED, message.ids, _REFUSED.pack(boot_id), reason)
+
+
+def decode_handshake(data: bytes) -> Hello | Refused:
+    """The inverse of ``encode_handshake``; whether the ids fit is for the caller to see."""
+    frame = data[: -_CHECKSUM.size]
+    frame_type = _check_frame(frame, *_CHECKSUM.unpack(data[-_CHECKSUM.size :]))
+    cluster_id, sender, to = (raw.hex() for raw in _HEADER.unpack_from(frame)[3:])
+    try:
+        if frame_type == FrameType.HELLO:
+            boot_id, lease_reads, port, length = _HELLO.unpack_from(frame, _HEADER.size)
+            text = frame[_HEADER.size + _HELLO.size :]
+            host, name = _printable(text[:length]), _printable(text[length:])
+            return Hello(cluster_id, sender, to, boot_id.hex(), lease_reads, name, host, port)
+        if frame_type == FrameType.REFUSED:
+            (boot_id,) = _REFUSED.unpack_from(frame, _HEADER.size)
+            reason = _printable(frame[_HEADER.size + _REFUSED.size :])
+            return Refused(cluster_id, sender, to, boot_id.hex(), reason)
+    except struct.error as error:
+        raise FrameError(f"a frame's body is wrong: {error}") from error
+    raise FrameError(f"a frame of type {frame_type} instead of a handshake")
+
+
+def _printable(text: bytes) -> str:
+    """Text from a stranger, made fit for a log line and a thread's name."""
+    return "".join(c if c.isprintable() else "?" for c in text.decode(errors="replace"))
+
+
+# ---- Sockets -----------------------------------------------------------------------------------
+
+
+def _receive_handshake(sock: socket.socket, timeout_s: float) -> Hello | Refused:
+    """The first frame on a connection. Raises FrameError, or OSError (also when it is late)."""
+    deadline_s = time.monotonic() + timeout_s
+    prefix = _receive_exactly(sock, _LENGTH.size, deadline_s)
+    (length,) = _LENGTH.unpack(prefix)
+    _check_length(length, HANDSHAKE_BYTES_MAX - _LENGTH.size)
+    return decode_handshake(prefix + _receive_exactly(sock, length, deadline_s))
+
+
+def _receive_exactly(sock: socket.socket, count: int, deadline_s: float) -> bytes:
+    data = b""
+    while len(data) < count:
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            raise TimeoutError("no whole handshake in time")
+        sock.settimeout(left_s)
+        if not (piece := sock.recv(count - len(data))):
+            raise ConnectionResetError("the connection was closed in the handshake")
+        data += piece
+    return data
+
+
+def _configure(sock: socket.socket, silence_s: float) -> None:
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A packet that goes lost in a partition is sent again ever more seldom, in the end once in two
+    # minutes; the link would stay mute long after the network has healed. Better to dial anew.
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
+
+
+class _Wakeup:
+    """Lets one thread, the owner, wait for a socket and for a call of ``set`` at once.
+
+    A pipe, not a Condition: only ``poll`` can watch the socket too, and waking through it took as
+    long in a measurement. ``set`` makes a system call only if the owner sleeps.
+    """
+
+    def __init__(self) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._reader, False)
+        os.set_blocking(self._writer, False)
+        self._poll = select.poll()
+        self._poll.register(self._reader, select.POLLIN)
+        # ``set`` writes the first and reads the second, ``wait`` the other way round: so at least
+        # one of them sees the other, without a lock.
+        self._pending = False
+        self._asleep = False
+        # Guards the pipe against being closed, and its numbers used anew, while it is written to.
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def set(self) -> None:
+        """Make the present or the next ``wait`` return. From any thread; cheap."""
+        self._pending = True
+        if self._asleep:
+            self._asleep = False
+            with self._lock:
+                if not self._closed:
+                    # A full pipe wakes as well as one byte more would.
+                    with contextlib.suppress(BlockingIOError):
+                        os.write(self._writer, b"\0")
+
+    def clear(self) -> None:
+        """Forget calls of ``set``: the owner is about to look for what they announced."""
+        self._pending = False
+
+    def wait(self, sock: socket.socket | None, timeout_s: float | None = None) -> bool:
+        """Sleep until ``set``, the time-out, or an event on ``sock``; True for the latter."""
+        self._asleep = True
+        if self._pending:
+            self._asleep = False
+            return False
+        if sock is not None:
+            self._poll.register(sock, select.POLLIN)
+        try:
+            events = self._poll.poll(None if timeout_s is None else timeout_s * 1000)
+        finally:
+            self._asleep = False
+            if sock is not None:
+                self._poll.unregister(sock)
+        if any(fd == self._reader for fd, _ in events):
+            os.read(self._reader, 4096)
+        return any(fd != self._reader for fd, _ in events)
+
+    def close(self) -> None:
+        """Free the pipe; ``set`` does nothing from now on. Only after the owner has ended."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                os.close(self._reader)
+                os.close(self._writer)
+
+
+class _LinkBrokenError(Exception):
+    """The connection of a link is of no more use; the text says why."""
+
+
+class _Channel:
+    """The sending side of a connection: whole frames, from the link's thread and any other."""
+
+    def __init__(self, sock: socket.socket, stall_s: float) -> None:
+        sock.setblocking(False)
+        self.sock = sock
+        self._stall_s = stall_s
+        self._writable = select.poll()
+        self._writable.register(sock, select.POLLOUT)
+        # Held by who writes to the socket; the link's thread may wait for the peer meanwhile.
+        self._lock = threading.Lock()
+        self._rest = memoryview(b"")  # of a frame that went out in part: nothing may pass it
+
+    def send(self, frame: bytes) -> None:
+        """Send all of it. Raises _LinkBrokenError, also if the peer reads nothing for stall_s."""
+        with self._lock:
+            try:
+                self._flush_locked()
+                self._rest = memoryview(frame)
+                self._flush_locked()
+            except OSError as error:
+                raise _LinkBrokenError(_reason(error)) from error
+
+    def try_send(self, frame: bytes) -> bool:
+        """Send it if that takes no waiting; what the socket leaves over goes first in ``send``."""
+        if not self._lock.acquire(blocking=False):
+            return False
+        try:
+            if self._rest:
+                return False
+            sent = self.sock.send(frame)
+            self._rest = memoryview(frame)[sent:]
+            return True
+        except OSError:  # no room; or broken, which the link's thread finds out by itself
+            return False
+        finally:
+            self._lock.release()
+
+    def has_rest(self) -> bool:
+        """Whether part of a frame still waits."""
+        return bool(self._rest)
+
+    def _flush_locked(self) -> None:
+        while self._rest:
+            try:
+                sent = self.sock.send(self._rest)
+            except BlockingIOError:
+                if not self._writable.poll(self._stall_s * 1000):
+                    text = f"the peer has read nothing for {self._stall_s:g} s"
+                    raise TimeoutError(text) from None
+            else:
+                self._rest = self._rest[sent:]
+
+    def close(self) -> None:
+        """Close the socket as soon as nobody writes to it."""
+        with self._lock:
+            self.sock.close()
+
+
+def _reason(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+# ---- The outgoing side -------------------------------------------------------------------------
+
+
+class PeerLink:
+    """Dials one peer, for ever, and sends it what is posted and what ``source`` has to give."""
+
+    def __init__(
+        self,
+        me: Identity,
+        peer: Member,
+        *,
+        address: tuple[str, int],
+        boot_id: str,
+        lease_reads: bool,
+        source: Callable[[MemberId], bytes | None],
+        on_up: Callable[[MemberId], None],
+        on_peer_dead: Callable[[MemberId], None],
+        on_fatal: Callable[[BaseException], None],
+        connect: Callable[[tuple[str, int], float], socket.socket] = socket.create_connection,
+        handshake_timeout_s: float = 5.0,
+        send_timeout_s: float = 5.0,
+    ) -> None:
+        """``source(member_id)`` is asked for frames after ``wake``, until it returns None.
+
+        ``address`` is where the peer can dial this server, for its answers.
+        ``on_fatal`` gets what a callback raised, just before the thread dies of it.
+        """
+        self.peer = peer
+        self._hello = Hello(
+            me.cluster_id, me.member_id, peer.member_id, boot_id, lease_reads, me.node_id, *address
+        )
+        self._source = source
+        self._on_up = on_up
+        self._on_peer_dead = on_peer_dead
+        self._on_fatal = on_fatal
+        self._connect = connect
+        self._handshake_timeout_s = handshake_timeout_s
+        self._send_timeout_s = send_timeout_s
+
+        self._wakeup = _Wakeup()
+        # Control messages. When it is full the oldest falls out: Raft bears loss.
+        self._queue: deque[Message] = deque(maxlen=QUEUE_MESSAGES_MAX)
+        self._channel: _Channel | None = None  # while the link is up
+        self._last_error = ""
+        self._kicked = False
+        # Guards _closing and _sock, so that ``close`` cuts off the socket that is in use.
+        self._lock = threading.Lock()
+        self._closing = False
+        self._sock: socket.socket | None = None
+
+        # Owner of the rest: the thread.
+        self._failures = 0  # attempts in a row, for the back-off
+        self._peer_boot_id = ""  # who answered last
+        self._fate_unknown = False  # its link broke, and nothing has shown yet whether it died
+        self._redialled_s = -BACKOFF_S_MAX  # when a broken link was last dialled without a pause
+        self._thread = threading.Thread(
+            target=self._run, name=f"raft-peer-{peer.node_id}", daemon=True
+        )
+
+    # ---- Any thread ----
+
+    def start(self) -> None:
+        """Begin to dial."""
+        self._thread.start()
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the peer has accepted the connection and it has not been seen to break."""
+        return self._channel is not None
+
+    @property
+    def last_error(self) -> str:
+        """Why the link is not up; empty while it is, and before the first attempt."""
+        return self._last_error
+
+    def wake(self) -> None:
+        """Let the link's thread ask ``source``. Costs next to nothing if it is awake."""
+        if self._channel is not None:
+            self._wakeup.set()
+
+    def post(self, message: Message) -> None:
+        """Send this soon; dropped if the link is down."""
+        if self._channel is not None:
+            self._queue.append(message)
+            self._wakeup.set()
+
+    def send_now(self, message: Message) -> bool:
+        """Send this from the calling thread, which spares a change of threads; True if it went.
+
+        Never waits: what cannot go at once is posted.
+        """
+        channel = self._channel
+        if channel is None:
+            return False
+        if self._queue or not channel.try_send(encode_message(self._hello.cluster_id, message)):
+            self.post(message)
+            return False
+        if channel.has_rest():
+            self._wakeup.set()
+        return True
+
+    def kick(self) -> None:
+        """Dial now, whatever the back-off: the peer was heard of."""
+        if self._channel is None:
+            self._kicked = True
+            self._wakeup.set()
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Break the link and end the thread. Not from a callback nor with a lock it may take."""
+        with self._lock:
+            self._closing = True
+            if self._sock is not None:
+                _cut(self._sock)
+        self._wakeup.set()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            log.warning("peer link does not end node=%s", self.peer.node_id)
+        else:
+            self._wakeup.close()
+
+    # ---- Thread raft-peer-<node> ----
+
+    def _run(self) -> None:
+        try:
+            while not self._closing:
+                if (channel := self._dial()) is not None:
+                    self._use(channel)
+                else:
+                    self._pause()
+        except BaseException as error:
+            self._on_fatal(error)
+            raise
+
+    def _dial(self) -> _Channel | None:
+        """A connection that the peer has accepted; None if that failed."""
+        self._kicked = False
+        try:
+            sock = self._connect((self.peer.host, self.peer.peer_port), CONNECT_TIMEOUT_S)
+            answer = self._shake_hands(sock)
+        except ConnectionRefusedError as error:
+            self._note_failure(logging.WARNING, _reason(error))
+            self._judge("")
+            return None
+        except (OSError, FrameError) as error:
+            self._note_failure(logging.WARNING, _reason(error))
+            return None
+        if isinstance(answer, Refused):
+            self._release(sock)
+            self._note_failure(logging.ERROR, f"refused by the peer: {answer.reason}")
+            self._judge(answer.boot_id)
+            return None
+        self._judge(answer.boot_id)
+        self._peer_boot_id = answer.boot_id
+        return _Channel(sock, self._send_timeout_s)
+
+    def _shake_hands(self, sock: socket.socket) -> Hello | Refused:
+        with self._lock:
+            self._sock = sock
+            if self._closing:
+                _cut(sock)
+        try:
+            # Where nobody listens, the kernel may pick the very port that is dialled for the near
+            # end too; TCP then connects the socket to itself and the peer can't bind its port.
+            if sock.getsockname() == sock.getpeername():
+                raise ConnectionRefusedError(errno.ECONNREFUSED, os.strerror(errno.ECONNREFUSED))
+            _configure(sock, self._send_timeout_s)
+            sock.settimeout(self._handshake_timeout_s)
+            sock.sendall(encode_handshake(self._hello))
+            answer = _receive_handshake(sock, self._handshake_timeout_s)
+            expected = (self._hello.cluster_id, self._hello.to, self._hello.sender)
+            if isinstance(answer, Hello) and answer.ids != expected:
+                raise FrameError("the answer is not from, or not to, the right member")
+        except BaseException:
+            self._release(sock)
+            raise
+        return answer
+
+    def _release(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._sock = None
+            sock.close()
+
+    def _judge(self, boot_id: str) -> None:
+        """Draw the conclusion from who answers at the peer's address now ("" for nobody).
+
+        A dying process may accept one more connection before its port closes; so the first answer
+        that says anything counts, not only that of the first attempt after the link broke.
+        """
+        if self._fate_unknown and boot_id != self._peer_boot_id:
+            log.info("peer process died node=%s boot=%s", self.peer.node_id, self._peer_boot_id)
+            self._on_peer_dead(self.peer.member_id)
+        self._fate_unknown = False
+
+    def _note_failure(self, level: int, reason: str) -> None:
+        self._failures += 1
+        if reason != self._last_error and not self._closing:
+            self._last_error = reason
+            log.log(level, "no link to peer node=%s: %s", self.peer.node_id, reason)
+
+    def _pause(self) -> None:
+        until_s = time.monotonic() + backoff_s(self._failures)
+        while (left_s := until_s - time.monotonic()) > 0:
+            self._wakeup.clear()
+            if self._kicked:
+                self._failures = 0
+            if self._kicked or self._closing:
+                return
+            self._wakeup.wait(None, left_s)
+
+    def _use(self, channel: _Channel) -> None:
+        """Send over the connection until it breaks or the link is closed."""
+        self._queue.clear()
+        self._last_error = ""
+        self._channel = channel
+        log.info("link to peer is up node=%s boot=%s", self.peer.node_id, self._peer_boot_id)
+        self._on_up(self.peer.member_id)
+        try:
+            while not self._closing:
+                self._send_all(channel)
+                if self._wakeup.wait(channel.sock):
+                    raise _LinkBrokenError(_why_readable(channel.sock))
+        except _LinkBrokenError as error:
+            self._note_failure(logging.WARNING, str(error))
+        self._channel = None
+        with self._lock:
+            self._sock = None
+        channel.close()
+        self._fate_unknown = True
+        # The first look at what became of the peer must not wait; but a peer that accepts and at
+        # once breaks every connection gets the pauses all the same.
+        now_s = time.monotonic()
+        if now_s - self._redialled_s >= BACKOFF_S_MAX:
+            self._redialled_s = now_s
+            self._failures = 0
+        else:
+            self._pause()
+
+    def _send_all(self, channel: _Channel) -> None:
+        self._wakeup.clear()
+        if channel.has_rest():
+            channel.send(b"")
+        while not self._closing and (frame := self._next()) is not None:
+            channel.send(frame)
+
+    def _next(self) -> bytes | None:
+        # Votes and replies are small and urgent: they pass before the next batch of entries.
+        if self._queue:
+            return encode_message(self._hello.cluster_id, self._queue.popleft())
+        return self._source(self.peer.member_id)
+
+
+def backoff_s(failures: int) -> float:
+    """The pause after so many failures in a row: doubling, with jitter, to BACKOFF_S_MAX."""
+    doubled_s = BACKOFF_S_MIN * 2.0 ** min(failures - 1, 10)
+    return min(doubled_s, BACKOFF_S_MAX) * random.uniform(0.5, 1.0)
+
+
+def _why_readable(sock: socket.socket) -> str:
+    """What an event means on a connection over which the peer has nothing to say."""
+    try:
+        return "the peer sent what it must not" if sock.recv(1) else "the peer closed it"
+    except OSError as error:
+        return _reason(error)
+
+
+# ---- The incoming side -------------------------------------------------------------------------
+
+
+class PeerHandler(Protocol):
+    """Who hears what peers say. Called on the threads ``raft-recv-<node>``."""
+
+    @property
+    def identity(self) -> Identity:
+        """Who this server is."""
+
+    def on_connected(self, hello: Hello) -> None:
+        """A peer has dialled; again, without ``on_disconnected`` between, if it dials anew."""
+
+    def on_disconnected(self, member_id: MemberId) -> None:
+        """The last connection of a peer is gone."""
+
+    def on_message(self, message: Message) -> None:
+        """A peer's message."""
+
+
+class _Inbound:
+    """A connection that a peer, or anybody, has dialled."""
+
+    def __init__(self, sock: socket.socket, host: str) -> None:
+        self.sock = sock
+        self.host = host
+        self.thread: threading.Thread | None = None
+
+
+class PeerListener:
+    """Accepts the peers' connections and hands on what they say."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        boot_id: str,
+        lease_reads: bool,
+        on_fatal: Callable[[BaseException], None],
+        handshake_timeout_s: float = 5.0,
+    ) -> None:
+        """Binds the address: raises PeerPortInUseError, or OSError, with a text for a person.
+
+        So a port that is taken is known before anything else is begun. Peers that dial now wait
+        for ``start``. ``on_fatal`` gets what the handler raised, just before the thread dies of it.
+        """
+        self._listening = _bind(host, port)
+        self._boot_id = boot_id
+        self._lease_reads = lease_reads
+        self._on_fatal = on_fatal
+        self._handshake_timeout_s = handshake_timeout_s
+        self._wakeup = _Wakeup()
+        self._acceptor: threading.Thread | None = None
+        # Held while the handler is told of a connection that comes or goes, so that it hears it
+        # in the order in which it happened. Outside of _lock and of whatever the handler takes.
+        self._reporting = threading.Lock()
+        # Guards the following, and sockets against being closed while ``_cut`` uses them.
+        self._lock = threading.Lock()
+        self._closing = False
+        self._connections: set[_Inbound] = set()
+        self._unidentified: dict[_Inbound, None] = {}  # the oldest first
+        self._by_sender: dict[MemberId, _Inbound] = {}
+        self._logged: dict[str, str] = {}  # what was said last about whom
+
+    # ---- Thread main ----
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """The host and port that it listens on."""
+        host, port = self._listening.getsockname()[:2]
+        return host, port
+
+    def start(self, handler: PeerHandler) -> None:
+        """Begin to accept; the handler's cluster is founded or joined by now."""
+        assert handler.identity.cluster_id
+        self._acceptor = threading.Thread(
+            target=self._accept_all, args=(handler,), name="accept-peers", daemon=True
+        )
+        self._acceptor.start()
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """Close the port and all connections; the handler hears nothing of that."""
+        with self._lock:
+            self._closing = True
+            for inbound in self._connections:
+                _cut(inbound.sock)
+            threads = [i.thread for i in self._connections if i.thread is not None]
+        self._wakeup.set()
+        if self._acceptor is not None:
+            threads.append(self._acceptor)
+        deadline_s = time.monotonic() + timeout_s
+        for thread in threads:
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline_s - time.monotonic()))
+        if self._acceptor is None or not self._acceptor.is_alive():
+            self._listening.close()
+            self._wakeup.close()
+        if left := [thread.name for thread in threads if thread.is_alive()]:
+            log.warning("threads do not end names=%s", ",".join(left))
+
+    # ---- Thread accept-peers ----
+
+    def _accept_all(self, handler: PeerHandler) -> None:
+        try:
+            while not self._closing:
+                if self._wakeup.wait(self._listening):
+                    self._accept(handler)
+        except BaseException as error:
+            self._on_fatal(error)
+            raise
+
+    def _accept(self, handler: PeerHandler) -> None:
+        try:
+            sock, (host, *_) = self._listening.accept()
+        except (BlockingIOError, ConnectionAbortedError):
+            return  # it has gone again
+        except OSError as error:  # no file descriptors left, most likely
+            log.warning("cannot accept a peer: %s", error)
+            self._wakeup.wait(None, BACKOFF_S_MAX)
+            return
+        inbound = _Inbound(sock, host)
+        inbound.thread = threading.Thread(
+            target=self._receive, args=(inbound, handler), name="raft-recv-?", daemon=True
+        )
+        with self._lock:
+            if self._closing:
+                sock.close()
+                return
+            # A member says its name at once: it is not the newest who holds up the others.
+            if len(self._unidentified) >= UNIDENTIFIED_MAX:
+                oldest = next(iter(self._unidentified))
+                del self._unidentified[oldest]
+                _cut(oldest.sock)
+            self._connections.add(inbound)
+            self._unidentified[inbound] = None
+            inbound.thread.start()
+
+    # ---- Threads raft-recv-<node> ----
+
+    def _receive(self, inbound: _Inbound, handler: PeerHandler) -> None:
+        try:
+            hello = self._identify(inbound, handler.identity)
+            if hello is not None:
+                self._begin(inbound, hello, handler)
+                self._read(inbound, hello, handler)
+            self._end(inbound, hello, handler)
+        except BaseException as error:
+            self._on_fatal(error)
+            raise
+
+    def _identify(self, inbound: _Inbound, me: Identity) -> Hello | None:
+        """The peer's Hello if it is accepted; otherwise it has been told why not."""
+        sock = inbound.sock
+        try:
+            _configure(sock, self._handshake_timeout_s)
+            hello = _receive_handshake(sock, self._handshake_timeout_s)
+            if isinstance(hello, Refused):
+                raise FrameError("a refusal instead of a Hello")
+            ids = (me.cluster_id, me.member_id, hello.sender)
+            objection = self._objection(hello, me)
+            if objection is not None:
+                self._log_change(hello.sender, f"refused a peer node={hello.node_id}: {objection}")
+                sock.sendall(encode_handshake(Refused(*ids, self._boot_id, objection)))
+                return None
+            answer = Hello(*ids, self._boot_id, self._lease_reads, me.node_id)
+            sock.sendall(encode_handshake(answer))
+            sock.settimeout(None)
+        except (OSError, FrameError) as error:
+            self._log_change(inbound.host, f"no peer from={inbound.host}: {_reason(error)}")
+            return None
+        return hello
+
+    def _objection(self, hello: Hello, me: Identity) -> str | None:
+        """Why this peer is not let in, and what to do about it; None if it is."""
+        mine = f"{me.node_id} is member {me.member_id} of cluster {me.cluster_id}"
+        if hello.cluster_id != me.cluster_id:
+            return f"{mine}, not of cluster {hello.cluster_id}; check --join and the peer ports"
+        if hello.to != me.member_id:
+            return (
+                f"{mine}, not member {hello.to}: after the loss of its data directory a node "
+                f"is a new member, and the old one is to be removed"
+            )
+        if hello.sender == me.member_id:
+            return f"{mine}, so nobody else is: start a copied data directory on one node only"
+        if hello.lease_reads != self._lease_reads:
+            modes = {True: "lease", False: "quorum"}
+            return (
+                f"{me.node_id} runs with --read-mode {modes[self._lease_reads]}, {hello.node_id} "
+                f"with {modes[hello.lease_reads]}; start all nodes with the same --read-mode"
+            )
+        with self._lock:
+            if hello.sender not in self._by_sender and len(self._by_sender) >= SENDERS_MAX:
+                return f"{me.node_id} has connections from {SENDERS_MAX} members already"
+        return None
+
+    def _begin(self, inbound: _Inbound, hello: Hello, handler: PeerHandler) -> None:
+        threading.current_thread().name = f"raft-recv-{hello.node_id}"
+        with self._reporting:
+            with self._lock:
+                self._unidentified.pop(inbound, None)
+                older = self._by_sender.get(hello.sender)
+                self._by_sender[hello.sender] = inbound
+                self._logged.pop(hello.sender, None)
+                if older is not None:
+                    _cut(older.sock)
+            handler.on_connected(hello)
+
+    def _read(self, inbound: _Inbound, hello: Hello, handler: PeerHandler) -> None:
+        decoder = FrameDecoder(hello.cluster_id, sender=hello.sender, to=hello.to)
+        space = memoryview(bytearray(RECEIVE_BYTES))
+        try:
+            while count := _receive_some(inbound.sock, space):
+                decoder.feed(space[:count])
+                for message in decoder.take():
+                    handler.on_message(message)
+        except FrameError as error:
+            log.warning("peer connection closed node=%s: %s", hello.node_id, error)
+
+    def _end(self, inbound: _Inbound, hello: Hello | None, handler: PeerHandler) -> None:
+        with self._reporting:
+            with self._lock:
+                self._connections.discard(inbound)
+                self._unidentified.pop(inbound, None)
+                inbound.sock.close()
+                if hello is None or self._by_sender.get(hello.sender) is not inbound:
+                    return  # never reported, or replaced by a newer one
+                del self._by_sender[hello.sender]
+                if self._closing:
+                    return
+            handler.on_disconnected(hello.sender)
+
+    def _log_change(self, who: str, text: str) -> None:
+        """Log what is wrong with a caller, but not again at each of its retries."""
+        with self._lock:
+            if self._closing or self._logged.get(who) == text:
+                return
+            if len(self._logged) >= SENDERS_MAX:
+                self._logged.clear()
+            self._logged[who] = text
+        log.warning("%s", text)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listening = socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            text = "is in use: stop the process that listens there, or choose another --peer-port"
+            raise PeerPortInUseError(error.errno, f"the peer port {host}:{port} {text}") from error
+        text = f"cannot listen for peers on {host}:{port} ({error.strerror})"
+        raise OSError(error.errno, f"{text}: check --host and --peer-port") from error
+    listening.setblocking(False)
+    return listening
+
+
+def _cut(sock: socket.socket) -> None:
+    """End a connection that another thread reads; that thread closes it."""
+    with contextlib.suppress(OSError):
+        sock.shutdown(socket.SHUT_RDWR)
+
+
+def _receive_some(sock: socket.socket, space: memoryview) -> int:
+    """The number of bytes received; 0 when the connection has ended, however it did."""
+    try:
+        return sock.recv_into(space)
+    except OSError:
+        return 0
