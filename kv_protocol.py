@@ -137,6 +137,11 @@ class RequestParser(_Parser):
         self._bulk_bytes = -1
         self._request_bytes = 0
 
+    @property
+    def has_partial(self) -> bool:
+        """Whether a request has begun and not ended."""
+        return self._missing > 0 or bool(self._buffer)
+
     def take(self) -> list[Item]:
         """All requests that are complete; a fatal fault is the last item and sets ``broken``."""
         buffer = self._gather()
@@ -218,7 +223,7 @@ class RequestParser(_Parser):
 
     def _parse_bulk_header(self, header: bytes) -> int:
         if header[:1] != b"$":
-            got = header[:1].decode("utf-8", "backslashreplace")
+            got = (header[:1] or b" ").decode("utf-8", "backslashreplace")
             raise ProtocolError(f"Protocol error: expected '$', got '{got}'")
         length = _header_int(header[1:])
         if length is None or not 0 <= length <= _BULK_BYTES_MAX:
@@ -515,8 +520,8 @@ class ReplyParser(_Parser):
         Raises ProtocolError if the server does not speak RESP, once the replies before are taken.
         """
         replies: list[Reply] = []
-        if not self.broken:
-            buffer = self._gather()
+        buffer = self._gather()
+        if buffer:
             try:
                 used = self._take_replies(buffer, replies)
             except (ProtocolError, ValueError) as error:

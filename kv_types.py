@@ -26,4 +26,13 @@ class Verbatim(str):
 OK: Final = SimpleString("OK")
 
 # bytes: bulk string. None: null. An error may stand inside a list (one command of a batch).
-Reply = SimpleString | Verbatim | bytes | int | None | Sequence["Reply"] | dict[bytes, "Reply"] | KVError
+Reply = (
+    SimpleString
+    | Verbatim
+    | bytes
+    | int
+    | None
+    | Sequence["Reply"]
+    | dict[bytes, "Reply"]
+    | KVError
+)
