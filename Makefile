@@ -23,4 +23,4 @@ test-all:  ## every test, on real processes too
 	$(PYTHON) -m pytest
 
 bench:  ## this cluster, etcd and Redis under the same load
-	$(PYTHON) -m benchmarks.compare
+	$(PYTHON) -m benchmarks.compare --json benchmarks/results/compare.json --plot docs/benchmarks.svg

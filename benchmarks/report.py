@@ -186,7 +186,7 @@ def plot(results: Results, path: Path) -> None:
 
     workloads = results.workloads()
     figure, (left, right) = plt.subplots(
-        1, 2, sharey=True, figsize=(11, 1.5 + 0.4 * len(workloads)), layout="constrained"
+        1, 2, sharey=True, figsize=(12, 1.5 + 0.4 * len(workloads)), layout="constrained"
     )
     step = 0.6 / len(results.titles)
     for number, (system, title) in enumerate(results.titles.items()):
@@ -208,7 +208,7 @@ def plot(results: Results, path: Path) -> None:
     left.set_yticks(range(len(workloads)), [workload.title for workload in workloads])
     left.invert_yaxis()
     right.set_xscale("log")
-    right.set_xlabel("latency in ms, from p50 (dot) to p99 (further left is better)")
+    right.set_xlabel("latency in ms, p50 (dot) to p99 (further left is better)")
     for axes in (left, right):
         axes.grid(axis="x", alpha=0.3)
         axes.set_axisbelow(True)
