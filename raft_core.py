@@ -306,7 +306,11 @@ class RaftCore:
         """Tell a stale leader or candidate our term; stale answers are dropped (T18, T30)."""
         match message:
             case AppendEntries():
-                self._refuse_append(message, 0, 0)
+                # Only the term: by now the sender may lead ours, and would take a round of its
+                # earlier leadership for one of this (thesis 6.4).
+                self._messages.append(
+                    AppendReply(self.member_id, message.sender, self.term, False, 0, 0)
+                )
             case VoteRequest():
                 self._answer_vote(message, granted=False)
 

@@ -45,7 +45,7 @@ def test_candidate_counts_its_own_vote_only_when_it_is_on_disk() -> None:
     Source: paper figure 2 (persistent state); raft-traps T1.
     """
     core = server(voters="a")
-    for _ in range(CONFIG.election_ticks_max):
+    while core.role is Role.FOLLOWER:
         core.tick()
 
     ready = core.ready()
@@ -158,6 +158,22 @@ def test_write_that_ends_after_its_entries_were_replaced_commits_nothing() -> No
     ready = core.ready()
     assert ready is not None
     assert ready.entries == (Entry(2, 2, EntryKind.NOOP, b""),)
+
+
+def test_committed_entry_that_replaces_one_on_disk_is_not_read_from_there() -> None:
+    """Committed by others, not yet written here: the disk still holds what was replaced.
+
+    Source: paper figure 3 (state machine safety).
+    """
+    log = RaftLog(3, [(1, 1)])  # three entries on disk, nothing in memory
+    core = RaftCore("a", CONFIG, log, HardState(1, None), [], random.Random(1))
+    new = Entry(3, 2, EntryKind.COMMAND, b"new")
+    core.step(append(2, new, after=(2, 1), commit=3))
+
+    assert core.commit_index == 3
+    assert core.entries_to_apply(1, 1 << 20) is None
+    assert core.log.stable_index == 2  # the driver reads up to here
+    assert core.entries_to_apply(3, 1 << 20) == (new,)
 
 
 def test_vote_won_after_the_candidacy_was_given_up_elects_no_one() -> None:

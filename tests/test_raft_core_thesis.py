@@ -559,6 +559,22 @@ def test_refused_append_answers_a_round_too() -> None:
     assert core.take_reads() == [(1, ["r"])]
 
 
+def test_refusal_of_a_delayed_append_answers_no_round_of_a_later_leadership() -> None:
+    """The answer is of the new term, but what it answers is not.
+
+    Source: thesis 6.4; raft-traps T30, T48.
+    """
+    follower = server("b", term=5)
+    (refusal,) = replies(follower, AppendEntries("a", "b", 1, 7, 1, (), 7, 50))
+    core = lead(server(term=4))  # the sender of that append, leader again, now of term 5
+    core.read_index("r")
+
+    core.step(refusal)
+
+    assert core.take_reads() == []
+    assert core.progress["b"].next_index == core.log.last_index + 1
+
+
 @pytest.mark.parametrize("end", ["newer term", "check-quorum", "step_down"])
 def test_read_that_waits_when_the_leadership_ends_is_never_given(end: str) -> None:
     """Not then, and not in a later leadership of the same server.
