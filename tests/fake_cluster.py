@@ -75,6 +75,7 @@ class FakeNode:
                 threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         parser = RequestParser(64 * 1024 * 1024)
         with connection, suppress(OSError):
             while data := connection.recv(65536):
@@ -104,9 +105,10 @@ class FakeCluster:
         # Guards what follows, and makes each request one step.
         self._lock = threading.Lock()
         self.store = KeyValueStore()
-        self.faults: deque[Fault | KVError] = deque()  # for the next data requests to the primary
+        self.faults: deque[Fault | KVError | None] = deque()  # by data request to the primary
         self.done: Counter[str] = Counter()  # data requests by command, as executed
         self.received: Counter[str] = Counter()  # data requests by node id
+        self.forged_hash: dict[str, str] = {}  # by node id: what STATUS tells instead
         self.nodes = [FakeNode(self, f"node{number}") for number in range(1, count + 1)]
         self.primary: FakeNode | None = self.nodes[0]
 
@@ -171,7 +173,7 @@ class FakeCluster:
             "role": "PRIMARY" if node is self.primary else "SECONDARY",
             "term": 1,
             "applied_index": self.store.applied_index,
-            "state_hash": f"{self.store.state_hash:016x}",
+            "state_hash": self.forged_hash.get(node.node_id, f"{self.store.state_hash:016x}"),
             "members": [{"host": member.host, "port": member.port} for member in self.nodes],
         }
 
