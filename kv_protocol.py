@@ -668,7 +668,7 @@ def text_or_json_bytes(value: object) -> bytes:
         if json_or_text(data) == value:
             return data
     try:
-        data = _dump(value, (",", ":"))
+        data = _dump(_COMPACT_JSON, value)
     except RecursionError:
         data = b""
     if not data or _is_too_deep(value):
@@ -706,15 +706,19 @@ def line_key(key: bytes) -> object:
 
 def encode_line(fields: Mapping[str, object]) -> bytes:
     """A reply of the line language: one JSON object in one line."""
-    return _dump(fields, (", ", ": ")) + b"\n"
+    return _dump(_LINE_JSON, fields) + b"\n"
 
 
-def _dump(value: object, separators: tuple[str, str]) -> bytes:
+# Made once: json.dumps with options of one's own makes an encoder for each call.
+_LINE_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
+_COMPACT_JSON = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+
+
+def _dump(encoder: json.JSONEncoder, value: object) -> bytes:
     try:
-        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=separators)
-        return text.encode()
+        return encoder.encode(value).encode()
     except UnicodeEncodeError:  # a lone surrogate, which valid JSON can hold: "\\ud800"
-        return json.dumps(value, allow_nan=False, separators=separators).encode()
+        return json.dumps(value, allow_nan=False).encode()
 
 
 def _is_utf8(data: bytes) -> bool:

@@ -294,6 +294,7 @@ def test_payload_when_decoded_then_as_encoded(now_ms: int, argv: list[bytes]) ->
     assert decode_payload(encode_payload(now_ms, argv)) == (now_ms, argv)
 
 
+@pytest.mark.slow
 @given(ARGVS, st.binary(min_size=1, max_size=5))
 def test_payload_when_cut_or_extended_then_refused(argv: list[bytes], more: bytes) -> None:
     """A payload says its own length: nothing shorter or longer passes for a command."""
@@ -363,6 +364,7 @@ def test_crc16_slot_when_tag_is_empty_or_open_then_whole_key_counts() -> None:
         (b"[!a]", b"!", True),
         (b"[c-a]", b"b", True),
         (b"[a", b"a", True),
+        (b"[a-", b"-", True),
         (b"[", b"[", False),
         (b"[]", b"]", False),
         (b"[^]", b"x", True),
@@ -419,6 +421,7 @@ def reference_class(rest: bytes, byte: int) -> tuple[bool, bytes]:
 GLOB_BYTES = st.lists(st.sampled_from(list(b"ab*?[]^-\\!.\n"))).map(bytes)
 
 
+@pytest.mark.slow
 @given(GLOB_BYTES.map(lambda p: p[:8]), GLOB_BYTES.map(lambda t: t[:6]))
 def test_glob_when_compared_with_a_slow_reference_then_equal(pattern: bytes, text: bytes) -> None:
     """The compiled pattern decides as Redis does. Source: redis util.c, stringmatchlen."""
