@@ -224,6 +224,31 @@ def dial(listener: PeerListener, hello: Hello | None = None) -> socket.socket:
     return sock
 
 
+class HeldUp:
+    """A source that has nothing, and holds up the link's thread until it is let go on."""
+
+    def __init__(self) -> None:
+        self.asked, self.go_on = threading.Event(), threading.Event()
+
+    def __call__(self, member_id: str) -> None:
+        self.asked.set()
+        self.go_on.wait(DEADLINE_S)
+
+
+def wait_until(condition: Callable[[], bool]) -> bool:
+    """For what nobody calls back about."""
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        if time.monotonic() > deadline_s:
+            return False
+        time.sleep(0.001)
+    return True
+
+
+def names_of_threads() -> list[str]:
+    return [t.name for t in threading.enumerate()]
+
+
 HELLO_A = Hello(CLUSTER, A, B, A, False, "node-a")
 
 
@@ -304,18 +329,12 @@ def test_link_woken_while_it_goes_to_sleep_loses_no_wake(peers: Peers, heard: Re
 
 def test_link_with_a_full_queue_drops_the_oldest(peers: Peers, heard: Recorder) -> None:
     """Raft bears loss, and the newest message is worth most; memory stays bounded."""
-    asked, go_on = threading.Event(), threading.Event()
-
-    def source(member_id: str) -> bytes | None:
-        asked.set()
-        go_on.wait(DEADLINE_S)
-        return None
-
-    link = peers.link(peers.listener(heard).address[1], heard, source=source)
-    assert asked.wait(DEADLINE_S)
+    held_up = HeldUp()
+    link = peers.link(peers.listener(heard).address[1], heard, source=held_up)
+    assert held_up.asked.wait(DEADLINE_S)
     for n in range(QUEUE_MESSAGES_MAX + 44):
         link.post(vote(n))
-    go_on.set()
+    held_up.go_on.set()
 
     heard.wait_for_messages(*(vote(n) for n in range(44, QUEUE_MESSAGES_MAX + 44)))
 
@@ -336,23 +355,16 @@ def test_link_that_is_down_drops_what_is_posted(peers: Peers, heard: Recorder) -
 
 def test_link_that_broke_forgets_what_it_had_not_sent(peers: Peers, heard: Recorder) -> None:
     """The same holds for what was posted to the connection before."""
-    asked, go_on = threading.Event(), threading.Event()
-
-    def source(member_id: str) -> bytes | None:
-        asked.set()
-        go_on.wait(DEADLINE_S)
-        return None
-
-    fake = peers.fake()
-    link = peers.link(fake.port, heard, source=source)
+    held_up, fake = HeldUp(), peers.fake()
+    link = peers.link(fake.port, heard, source=held_up)
     sock = fake.welcome()
-    assert asked.wait(DEADLINE_S)
+    assert held_up.asked.wait(DEADLINE_S)
     for n in range(5):
         link.post(vote(n))
     # Closed with a reset, so that the first thing sent fails.
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.close()
-    go_on.set()
+    held_up.go_on.set()
     sock = fake.welcome()
     heard.wait_for_event("up", B, times=2)
     link.post(vote(9))
@@ -365,21 +377,15 @@ def test_send_now_on_an_idle_link_sends_at_once_and_behind_a_queue_waits_its_tur
     peers: Peers, heard: Recorder
 ) -> None:
     """The short cut never passes what was posted before."""
-    asked, go_on = threading.Event(), threading.Event()
-
-    def source(member_id: str) -> bytes | None:
-        asked.set()
-        go_on.wait(DEADLINE_S)
-        return None
-
-    link = peers.link(peers.listener(heard).address[1], heard, source=source)
-    assert asked.wait(DEADLINE_S)
+    held_up = HeldUp()
+    link = peers.link(peers.listener(heard).address[1], heard, source=held_up)
+    assert held_up.asked.wait(DEADLINE_S)
 
     assert link.send_now(vote(1))  # although the link's own thread is held up
     heard.wait_for_messages(vote(1))
     link.post(vote(2))
     assert not link.send_now(vote(3))
-    go_on.set()
+    held_up.go_on.set()
     heard.wait_for_messages(vote(1), vote(2), vote(3))
 
 
@@ -387,25 +393,18 @@ def test_send_now_into_a_full_socket_leaves_every_frame_whole(
     peers: Peers, heard: Recorder
 ) -> None:
     """A frame that went out in part is finished, by the link's thread, before the next begins."""
-    asked, go_on = threading.Event(), threading.Event()
-
-    def source(member_id: str) -> bytes | None:
-        asked.set()
-        go_on.wait(DEADLINE_S)
-        return None
-
-    fake = peers.fake()
-    link = peers.link(fake.port, heard, source=source)
+    held_up, fake = HeldUp(), peers.fake()
+    link = peers.link(fake.port, heard, source=held_up)
     sock = fake.welcome()
-    assert asked.wait(DEADLINE_S)
-    size = 64 << 20  # more than any buffers on the way
+    assert held_up.asked.wait(DEADLINE_S)
+    size = 24 << 20  # more than all buffers on the way hold
     big = AppendEntries(A, B, 1, 0, 0, (Entry(1, 1, EntryKind.COMMAND, bytes(size)),), 0, 0)
     frames = FrameDecoder(CLUSTER, sender=A, to=B)
 
     assert link.send_now(big)
     frames.feed(sock.recv(1 << 20, socket.MSG_WAITALL))  # there is room again
     assert not link.send_now(vote(1))
-    go_on.set()
+    held_up.go_on.set()
 
     got: list[Message] = []
     while len(got) < 2:
@@ -420,7 +419,7 @@ def test_send_now_in_part_needs_no_further_call_to_finish(peers: Peers, heard: R
     link = peers.link(fake.port, heard)
     sock = fake.welcome()
     heard.wait_for_event("up", B)
-    size = 16 << 20
+    size = 24 << 20
     big = AppendEntries(A, B, 1, 0, 0, (Entry(1, 1, EntryKind.COMMAND, bytes(size)),), 0, 0)
 
     assert link.send_now(big)
@@ -562,16 +561,6 @@ def test_node_that_lost_its_disk_refuses_and_shows_that_the_old_member_is_dead(
     assert reborn.events == []
 
 
-def wait_until(condition: Callable[[], bool]) -> bool:
-    """For what nobody calls back about."""
-    deadline_s = time.monotonic() + DEADLINE_S
-    while not condition():
-        if time.monotonic() > deadline_s:
-            return False
-        time.sleep(0.001)
-    return True
-
-
 @given(st.integers(1, 10_000))
 def test_backoff_doubles_to_its_maximum_with_jitter(failures: int) -> None:
     """From 50 ms to 1 s, less up to a half, so that nodes do not dial in step."""
@@ -596,6 +585,8 @@ def test_link_kicked_in_its_pause_dials_at_once(peers: Peers, heard: Recorder) -
     for _ in range(3):
         link.kick()
         assert tried.acquire(timeout=DEADLINE_S)
+    link.close()
+    assert "raft-peer-node-b" not in names_of_threads()
 
 
 @pytest.mark.usefixtures("long_pauses")
@@ -607,8 +598,10 @@ def test_link_that_breaks_as_soon_as_it_is_up_redials_once_and_then_pauses(
     link = peers.link(fake.port, heard)
 
     fake.welcome().close()
-    fake.welcome().close()
+    sock = fake.welcome()
     heard.wait_for_event("up", B, times=2)
+    link.kick()  # while it is up, which is no reason to dial later
+    sock.close()
     fake.listening.settimeout(0.05)
     with pytest.raises(TimeoutError):
         fake.accept()
@@ -826,10 +819,6 @@ def test_port_in_use_is_reported_with_the_address_and_what_to_do(
 
 
 # ---- Closing -----------------------------------------------------------------------------------
-
-
-def names_of_threads() -> list[str]:
-    return [t.name for t in threading.enumerate()]
 
 
 def test_close_leaves_no_thread_and_no_file_descriptor(heard: Recorder) -> None:
