@@ -1,0 +1,305 @@
+"""What must hold in a simulated cluster after every step of every server.
+
+Rule 1: it watches from outside: it sees all servers and disks at once, and changes nothing.
+Rule 2: a broken invariant is reported at the step that broke it, by number or by section.
+
+The paper's figure 3, and what it rests on:
+I1   at most one leader a term, elected by the synced votes of a majority
+I2   log matching: an index and a term name one entry, and the same entry before it
+I3   leader completeness: what is committed is in the log of every later leader
+I4   state machine safety: one entry an index, wherever it is committed or applied
+I5   term and commit index of a server, match index of a leadership: never back
+I6   one vote a term and server, across restarts too
+I7   applied <= committed <= last index; terms in a log never decrease
+I8   a leader only appends
+I9   what a message promises is on its sender's disk when it leaves
+I10  what a leader commits is on the disks of a majority at that instant
+Besides these: paper 5.4.1 and 5.4.2, thesis 4.1 (membership) and 6.4 (reads).
+
+Called by ``sim_raft.py``, which makes up the weather.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Protocol
+
+from raft_core import RaftCore
+from raft_types import (
+    AppendEntries,
+    AppendReply,
+    Entry,
+    EntryKind,
+    MemberId,
+    Membership,
+    Message,
+    Role,
+    VoteReply,
+    VoteRequest,
+)
+from tests.raft_servers import SimDisk, describe_entry
+
+EVERYTHING_BYTES = 1 << 30
+
+
+class ViolationError(AssertionError):
+    """The cluster did what Raft forbids."""
+
+
+class Watched:
+    """One run of one server, from start to crash, as it was after its last step."""
+
+    def __init__(self, name: MemberId, core: RaftCore, disk: SimDisk) -> None:
+        self.name = name
+        self.core = core
+        self.disk = disk
+        # What the core's log holds, in memory or not: followed step by step.
+        self.log = list(disk.entries)
+        self.term = core.term
+        self.role = core.role
+        self.commit_index = 0
+        self.applied_index = 0
+        self.truncated_count = 0
+        self.match: dict[MemberId, int] = {}
+
+    def membership(self) -> Membership:
+        """What the log says, down to its last entry."""
+        for entry in reversed(self.log):
+            if entry.kind is EntryKind.MEMBERSHIP:
+                return Membership.decode(entry.data)
+        return self.disk.founding
+
+
+class Cluster(Protocol):
+    """Who is up now; the invariants need no more of the simulation."""
+
+    def running(self) -> list[Watched]:
+        """The servers that are up."""
+
+    def disk_of(self, member_id: MemberId) -> SimDisk:
+        """The disk of this server, whether it is up or not."""
+
+
+class Invariants:
+    """What is known of the whole cluster since the beginning."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self.counts: Counter[str] = Counter()  # what has happened, so that a test can ask for it
+        self.committed: list[Entry] = []
+        self._committed_in: list[int] = []  # the term of the leader that committed it
+        self._leader_of: dict[int, MemberId] = {}
+        self._vote_of: dict[tuple[MemberId, int], MemberId] = {}
+        # By (index, term): the entry, and the term of the entry before it.
+        self._known: dict[tuple[int, int], tuple[Entry, int]] = {}
+        # Requests that came with a log as good as the receiver's, and were not granted yet.
+        self._grantable: Counter[tuple[MemberId, MemberId, int, bool]] = Counter()
+        self._reads: dict[int, int] = {}  # committed anywhere when it was asked, by token
+
+    @staticmethod
+    def require(holds: bool, broken: str) -> None:
+        """Raise ViolationError unless the fact holds."""
+        if not holds:
+            raise ViolationError(broken)
+
+    # ---- After each step of a server -----------------------------------------------------------
+
+    def observe(self, server: Watched) -> None:
+        """Compare the server with what it was before this step."""
+        core = server.core
+        core.check_invariants()  # I7 and what a server can see of itself
+        self.require(core.term >= server.term, f"I5: {server.name}'s term went back")
+        self._follow_log(server)
+        if core.role is Role.LEADER:
+            self._observe_leader(server)
+        self._follow_commit(server)
+        server.term, server.role = core.term, core.role
+
+    def _follow_log(self, server: Watched) -> None:
+        core, log = server.core, server.log
+        cut = core.truncated_count - server.truncated_count
+        if cut:
+            led = server.role is Role.LEADER and core.role is Role.LEADER
+            self.require(not led, f"I8: leader {server.name} cut its own log")
+            del log[len(log) - cut :]
+            server.truncated_count = core.truncated_count
+            self.counts["truncated"] += cut
+        changes = cut > 0
+        if core.log.last_index > len(log):
+            new = core.log.entries(len(log) + 1, EVERYTHING_BYTES)
+            assert new is not None
+            for entry in new:
+                self._learn(server, entry)
+                log.append(entry)
+                changes |= entry.kind is EntryKind.MEMBERSHIP
+        self.require(core.log.last_index == len(log), f"I8: {server.name} lost entries unseen")
+        if changes:
+            last = server.membership()
+            self.require(core.membership == last, "thesis 4.1: not the membership of the log")
+        if log:
+            middle = log[len(log) // 2]
+            self.require(core.log.term_at(middle.index) == middle.term, "I7: term_at is wrong")
+
+    def _learn(self, server: Watched, entry: Entry) -> None:
+        before = server.log[-1].term if server.log else 0
+        self.require(before <= entry.term <= server.core.term, "I7: terms in a log decrease")
+        key = (entry.index, entry.term)
+        known = self._known.setdefault(key, (entry, before))
+        self.require(
+            known == (entry, before),
+            f"I2: {server.name} has {describe_entry(entry)}, another has {describe_entry(known[0])}",
+        )
+        led = server.core.role is Role.LEADER and server.core.term == entry.term
+        if entry.kind is EntryKind.MEMBERSHIP and led:
+            commit = server.core.commit_index
+            own = commit > 0 and server.log[commit - 1].term == entry.term
+            pending = [e for e in server.log[commit:] if e.kind is EntryKind.MEMBERSHIP]
+            self.require(own, "thesis 4.1: membership changed before an own entry was committed")
+            self.require(not pending, "thesis 4.1: two changes of membership under way")
+
+    def _observe_leader(self, server: Watched) -> None:
+        core = server.core
+        if server.role is not Role.LEADER or server.term != core.term:
+            first = self._leader_of.setdefault(core.term, server.name)
+            self.require(first == server.name, f"I1: {first} and {server.name} led {core.term}")
+            voters = core.membership.voters
+            votes = [v for v in voters if self._vote_of.get((v, core.term)) == server.name]
+            self.require(
+                core.membership.has_quorum(votes), f"paper 5.2: {server.name} leads by {votes}"
+            )
+            for entry, term in zip(self.committed, self._committed_in, strict=True):
+                # Votes may be slow: a later leader may have committed more by now.
+                has = server.log[entry.index - 1 : entry.index] == [entry]
+                self.require(
+                    has or term > core.term, f"I3: {server.name} lacks {describe_entry(entry)}"
+                )
+            server.match = {}
+            self.counts["elections"] += 1
+        for member, progress in core.progress.items():
+            before = server.match.get(member, 0)
+            self.require(progress.match_index >= before, f"I5: match of {member} went back")
+            server.match[member] = progress.match_index
+            self.require(progress.acked_round <= core.round, "thesis 6.4: an answer from before")
+
+    def _follow_commit(self, server: Watched) -> None:
+        core = server.core
+        before, server.commit_index = server.commit_index, core.commit_index
+        self.require(core.commit_index >= before, f"I5: {server.name}'s commit index went back")
+        if core.commit_index == before:
+            return
+        if core.role is Role.LEADER:
+            last = server.log[core.commit_index - 1]
+            self.require(last.term == core.term, "paper 5.4.2: committed an old term by counting")
+            holders = [v for v in core.membership.voters if self._has_synced(v, last)]
+            self.require(
+                core.membership.has_quorum(holders),
+                f"I10: {describe_entry(last)} committed, but synced only on {holders}",
+            )
+        for entry in server.log[before : core.commit_index]:
+            if entry.index > len(self.committed):
+                self._commit_first(server, entry)
+            self.require(
+                self.committed[entry.index - 1] == entry,
+                f"I4: {server.name} commits {describe_entry(entry)}, "
+                f"others {describe_entry(self.committed[entry.index - 1])}",
+            )
+
+    def _commit_first(self, server: Watched, entry: Entry) -> None:
+        term = server.core.term
+        self.require(
+            server.core.role is Role.LEADER, f"I4: {server.name} commits what no leader did"
+        )
+        self.committed.append(entry)
+        self._committed_in.append(term)
+        for other in self._cluster.running():
+            if other.core.role is Role.LEADER and other.core.term > term:
+                has = other.log[entry.index - 1 : entry.index] == [entry]
+                self.require(has, f"I3: later leader {other.name} lacks {describe_entry(entry)}")
+
+    def _has_synced(self, member_id: MemberId, entry: Entry) -> bool:
+        entries = self._cluster.disk_of(member_id).entries
+        return len(entries) >= entry.index and entries[entry.index - 1] == entry
+
+    # ---- What goes in and out ------------------------------------------------------------------
+
+    def before_step(self, server: Watched, message: Message) -> None:
+        """A message is about to be taken in; for what its answer will be held against."""
+        if isinstance(message, VoteRequest):
+            mine = (server.log[-1].term, server.log[-1].index) if server.log else (0, 0)
+            if (message.last_term, message.last_index) >= mine:
+                key = (message.sender, server.name, message.term, message.pre_vote)
+                self._grantable[key] += 1
+
+    def on_send(self, server: Watched, message: Message) -> None:
+        """A message leaves, so what it promises must be on disk at this instant (I9)."""
+        saved = server.disk.hard_state
+        asks = isinstance(message, VoteRequest | VoteReply) and message.pre_vote
+        self.require(
+            asks or message.term <= saved.term,
+            f"I9: {server.name} speaks in term {message.term}, its disk says {saved.term}",
+        )
+        match message:
+            case AppendEntries():
+                leader = self._leader_of.get(message.term)
+                self.require(leader == server.name, f"I1: {server.name} is no leader of its term")
+            case AppendReply(success=True):
+                self._on_acknowledge(server, message)
+            case VoteRequest(pre_vote=False):
+                self._on_vote(server, message.term, message.sender)
+            case VoteReply(granted=True):
+                key = (message.to, server.name, message.term, message.pre_vote)
+                self.require(
+                    self._grantable[key] > 0,
+                    f"paper 5.4.1, thesis 9.6: {server.name} would vote for a log behind its own",
+                )
+                self._grantable[key] -= 1
+                if not message.pre_vote:
+                    self._on_vote(server, message.term, message.to)
+
+    def _on_vote(self, server: Watched, term: int, candidate: MemberId) -> None:
+        saved = server.disk.hard_state
+        # In a later term the earlier vote can't be given again, so it need not be remembered.
+        self.require(
+            saved.term > term or saved == (term, candidate),
+            f"I9: {server.name} votes for {candidate} in {term}, its disk says {saved}",
+        )
+        first = self._vote_of.setdefault((server.name, term), candidate)
+        self.require(first == candidate, f"I6: {server.name} votes for {first} and {candidate}")
+
+    def _on_acknowledge(self, server: Watched, message: AppendReply) -> None:
+        if server.disk.hard_state.term > message.term:
+            return  # since replaced by a later leader, who can only be one that has what counts
+        held = len(server.disk.entries)
+        self.require(
+            held >= message.match_index,
+            f"I9: {server.name} acknowledges {message.match_index}, its disk ends at {held}",
+        )
+        leader = next((s for s in self._cluster.running() if s.name == message.to), None)
+        if leader and leader.core.role is Role.LEADER and leader.core.term == message.term:
+            count = message.match_index
+            self.require(
+                server.disk.entries[:count] == leader.log[:count],
+                f"I9: what {server.name} acknowledges is not the leader's log",
+            )
+
+    def on_apply(self, server: Watched, entry: Entry) -> None:
+        """An entry reaches a state machine."""
+        self.require(entry.index == server.applied_index + 1, "I7: applied out of order")
+        self.require(self.committed[entry.index - 1] == entry, f"I4: {server.name} applies another")
+        server.applied_index = entry.index
+        self.require(entry.index <= server.core.commit_index, "I7: applied before committed")
+
+    # ---- Linearizable reads (thesis 6.4) -------------------------------------------------------
+
+    def on_read_asked(self, token: int) -> None:
+        """A client asks for a read: it must see whatever is committed anywhere by now."""
+        self._reads[token] = len(self.committed)
+
+    def on_read_given(self, token: int, read_index: int) -> None:
+        """A leader allows the read at this index, once."""
+        asked_at = self._reads.pop(token)
+        self.require(
+            read_index >= asked_at,
+            f"thesis 6.4: a read at {read_index} misses a write committed at {asked_at} before it",
+        )
+        self.counts["reads"] += 1

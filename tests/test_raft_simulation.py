@@ -1,0 +1,347 @@
+"""The simulated cluster over many seeds, and the proof that it sees what it is there to see.
+
+A failure names its seed and the command that prints its history. What a run does is told in
+``sim_raft.py``, what is checked after every step in ``sim_invariants.py``.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from raft_core import RaftCore
+from raft_progress import Progress
+from raft_types import (
+    AppendEntries,
+    AppendReply,
+    Entry,
+    HardState,
+    MemberId,
+    Message,
+    Ready,
+    Role,
+    VoteRequest,
+)
+from tests.raft_servers import SimDisk
+from tests.sim_invariants import ViolationError
+from tests.sim_raft import SimServer, Simulation, run
+
+SEEDS = range(250)
+MUTANT_SEEDS = range(200)  # until the first that shows it; at most 20 today
+
+# What a history must be able to do to a cluster; a sum of 0 would mean that nothing tests it.
+EXPECTED = {
+    "elections": 500,
+    "check-quorum": 100,
+    "truncated": 500,
+    "crashes": 1000,
+    "pauses": 500,
+    "write lost": 50,
+    "write kept in part": 50,
+    "lost": 1000,
+    "duplicated": 1000,
+    "evidence": 500,
+    "writes": 5000,
+    "reads": 3000,
+    "TooMuchUncommittedError": 500,
+    "entries on disk": 1000,
+    "read in vain": 100,
+    "applied from disk": 1000,
+    "joins": 100,
+    "join refused": 50,
+}
+
+
+def test_simulation_of_a_few_seeds_breaks_no_invariant() -> None:
+    """I1 to I10, I15 and I16 hold (the quick look; the long one follows)."""
+    for seed in range(3):
+        run(seed)
+
+
+@pytest.mark.slow
+def test_simulation_of_many_seeds_breaks_no_invariant() -> None:
+    """Whatever crashes, cuts, losses, delays and slow disks do, the paper's figure 3 holds."""
+    happened: Counter[str] = Counter()
+    for seed in SEEDS:
+        happened += run(seed)
+
+    assert {
+        what: happened[what] for what, least in EXPECTED.items() if happened[what] < least
+    } == {}
+
+
+def test_simulation_of_one_seed_gives_one_history() -> None:
+    """A failure can be replayed."""
+    first: list[str] = []
+    second: list[str] = []
+
+    run(5, first.append)
+    run(5, second.append)
+
+    assert first == second
+
+
+# ---- Mutants: each is a mistake that was made somewhere (fault-model, raft-traps) --------------
+
+
+def vote_not_persisted(patch: pytest.MonkeyPatch) -> None:
+    """M1: the term is saved, the vote is not."""
+    write = SimDisk.write
+
+    def forget_vote(disk: SimDisk, state: HardState | None, entries: Sequence[Entry]) -> None:
+        write(disk, state and state._replace(voted_for=None), entries)
+
+    patch.setattr(SimDisk, "write", forget_vote)
+
+
+def sent_before_synced(patch: pytest.MonkeyPatch) -> None:
+    """M3: answers leave while the disk still works."""
+    write = Simulation._write
+
+    def send_at_once(simulation: Simulation, server: SimServer) -> None:
+        before = server.unsynced
+        write(simulation, server)
+        if server.unsynced is not None and server.unsynced is not before:
+            for message in server.unsynced.messages:
+                simulation._send(server, message)
+
+    def sync_only(simulation: Simulation, server: SimServer, ready: Ready) -> None:
+        if server.up:
+            server.disk.write(ready.hard_state, ready.entries)
+            server.unsynced = None
+            simulation._advance(server, ready)
+
+    patch.setattr(Simulation, "_write", send_at_once)
+    patch.setattr(Simulation, "_synced", sync_only)
+
+
+def own_copy_counted_unsynced(patch: pytest.MonkeyPatch) -> None:
+    """T4: the leader counts itself before its disk has the entry."""
+
+    def advance_commit(core: RaftCore) -> None:
+        match = {member: progress.match_index for member, progress in core.progress.items()}
+        match[core.member_id] = core.log.last_index
+        index = core.membership.majority_index(match)
+        if index >= core._term_first_index:
+            core._commit_to(index)
+
+    patch.setattr(RaftCore, "_advance_commit", advance_commit)
+
+
+def old_term_committed_by_counting(patch: pytest.MonkeyPatch) -> None:
+    """M4: figure 8."""
+
+    def advance_commit(core: RaftCore) -> None:
+        match = {member: progress.match_index for member, progress in core.progress.items()}
+        match[core.member_id] = core.log.stable_index
+        core._commit_to(core.membership.majority_index(match))
+
+    patch.setattr(RaftCore, "_advance_commit", advance_commit)
+
+
+def read_before_own_commit(patch: pytest.MonkeyPatch) -> None:
+    """M5: a new leader trusts its commit index."""
+    patch.setattr(
+        RaftCore, "committed_in_own_term", property(lambda core: core.role is Role.LEADER)
+    )
+    patch.setattr(
+        RaftCore,
+        "_may_change_membership",
+        property(lambda core: core.commit_index >= core._term_first_index and not _pending(core)),
+    )
+
+
+def read_without_a_round(patch: pytest.MonkeyPatch) -> None:
+    """M6: a leader that may have been deposed answers by itself."""
+    patch.setattr(RaftCore, "confirmed_round", property(lambda core: core.round))
+
+
+def read_given_though_deposed(patch: pytest.MonkeyPatch) -> None:
+    """M7: nobody looks at the term again when the round is over."""
+    become_follower = RaftCore._become_follower
+
+    def release(core: RaftCore, term: int, leader_id: MemberId | None) -> None:
+        core._reads_done.append((core._read_index, core._reads_in_round))
+        become_follower(core, term, leader_id)
+
+    patch.setattr(RaftCore, "_become_follower", release)
+
+
+def truncated_always(patch: pytest.MonkeyPatch) -> None:
+    """M8: what follows the previous entry goes, whether it conflicts or not."""
+
+    def merge(core: RaftCore, entries: Sequence[Entry]) -> None:
+        if entries and entries[0].index <= core.log.last_index:
+            core._truncate_from(entries[0].index)
+        core._append_entries(entries)
+
+    patch.setattr(RaftCore, "_merge", merge)
+
+
+def commit_not_bounded_by_the_message(patch: pytest.MonkeyPatch) -> None:
+    """M9: bounded by the end of the log instead of by what was verified."""
+    on_append = RaftCore._on_append
+
+    def commit_all(core: RaftCore, message: AppendEntries) -> None:
+        on_append(core, message)
+        if core.log.matches(message.prev_index, message.prev_term):
+            core._commit_to(min(message.commit_index, core.log.last_index))
+
+    patch.setattr(RaftCore, "_on_append", commit_all)
+
+
+def match_goes_back(patch: pytest.MonkeyPatch) -> None:
+    """M10: the last answer counts, not the highest."""
+    matched = Progress.matched
+
+    def believe(progress: Progress, index: int) -> bool:
+        advanced = matched(progress, index)
+        progress.match_index = index
+        return advanced
+
+    patch.setattr(Progress, "matched", believe)
+
+
+def votes_counted_by_message(patch: pytest.MonkeyPatch) -> None:
+    """M11: a repeated vote counts as another one."""
+    count_vote = RaftCore._count_vote
+
+    def count(core: RaftCore, voter: MemberId, granted: bool) -> None:
+        unheard = [v for v in core.membership.voters if v not in core._votes]
+        count_vote(core, unheard[0] if voter in core._votes and unheard else voter, granted)
+
+    patch.setattr(RaftCore, "_count_vote", count)
+
+
+def _pending(core: RaftCore) -> bool:
+    return core._memberships[-1][0] > core.commit_index
+
+
+def membership_changed_before_own_commit(patch: pytest.MonkeyPatch) -> None:
+    """M14: the single-server bug."""
+    patch.setattr(RaftCore, "_may_change_membership", property(lambda core: not _pending(core)))
+
+
+def membership_changed_twice_at_once(patch: pytest.MonkeyPatch) -> None:
+    """T61: two changes under way."""
+    patch.setattr(
+        RaftCore, "_may_change_membership", property(lambda core: core.committed_in_own_term)
+    )
+
+
+def membership_not_rolled_back(patch: pytest.MonkeyPatch) -> None:
+    """T62: a truncated change stays in force."""
+
+    def truncate_from(core: RaftCore, index: int) -> None:
+        core.truncated_count += core.log.last_index - index + 1
+        core.log.truncate_from(index)
+
+    patch.setattr(RaftCore, "_truncate_from", truncate_from)
+
+
+def stale_append_reply_accepted(patch: pytest.MonkeyPatch) -> None:
+    """M18: an answer to an earlier leadership moves the match index of this one."""
+    answer_older_term = RaftCore._answer_older_term
+
+    def accept(core: RaftCore, message: Message) -> None:
+        if isinstance(message, AppendReply) and core.role is Role.LEADER:
+            core._on_append_reply(message)
+        answer_older_term(core, message)
+
+    patch.setattr(RaftCore, "_answer_older_term", accept)
+
+
+def old_round_answered_in_the_new_term(patch: pytest.MonkeyPatch) -> None:
+    """T30: the refusal of a delayed append repeats its round, and its sender leads again."""
+
+    def refuse(core: RaftCore, message: Message) -> None:
+        if isinstance(message, AppendEntries):
+            core._refuse_append(message, 0, 0)
+
+    patch.setattr(RaftCore, "_answer_older_term", refuse)
+
+
+def pre_vote_without_log_check(patch: pytest.MonkeyPatch) -> None:
+    """M20: liveness is asked for, the log is not."""
+    on_vote_request = RaftCore._on_vote_request
+
+    def grant(core: RaftCore, message: VoteRequest) -> None:
+        if message.pre_vote:
+            core._answer_vote(message, granted=message.term > core.term)
+        else:
+            on_vote_request(core, message)
+
+    patch.setattr(RaftCore, "_on_vote_request", grant)
+
+
+def no_pre_vote(patch: pytest.MonkeyPatch) -> None:
+    """T17: a server that was cut off comes back with a higher term."""
+    campaign = RaftCore._campaign
+
+    def stand(core: RaftCore, *, pre_vote: bool) -> None:
+        campaign(core, pre_vote=False)
+
+    patch.setattr(RaftCore, "_campaign", stand)
+
+
+def vote_forgotten_within_the_term(patch: pytest.MonkeyPatch) -> None:
+    """T3: stepping down clears the vote."""
+    become_follower = RaftCore._become_follower
+
+    def forget(core: RaftCore, term: int, leader_id: MemberId | None) -> None:
+        become_follower(core, term, leader_id)
+        core.voted_for = None
+
+    patch.setattr(RaftCore, "_become_follower", forget)
+
+
+def entries_left_out_of_a_ready(patch: pytest.MonkeyPatch) -> None:
+    """T36: what is in the log and what was written part ways."""
+    ready = RaftCore.ready
+
+    def lose_last(core: RaftCore) -> Ready | None:
+        given = ready(core)
+        if given is not None and len(given.entries) > 1:
+            given = core._ready_out = Ready(given.hard_state, given.entries[:-1], given.messages)
+        return given
+
+    patch.setattr(RaftCore, "ready", lose_last)
+
+
+MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
+    vote_not_persisted,
+    sent_before_synced,
+    own_copy_counted_unsynced,
+    old_term_committed_by_counting,
+    read_before_own_commit,
+    read_without_a_round,
+    read_given_though_deposed,
+    truncated_always,
+    commit_not_bounded_by_the_message,
+    match_goes_back,
+    votes_counted_by_message,
+    membership_changed_before_own_commit,
+    membership_changed_twice_at_once,
+    membership_not_rolled_back,
+    stale_append_reply_accepted,
+    old_round_answered_in_the_new_term,
+    pre_vote_without_log_check,
+    no_pre_vote,
+    vote_forgotten_within_the_term,
+    entries_left_out_of_a_ready,
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.__name__)
+def test_simulation_catches_the_mutant(
+    mutant: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A harness that can't fail proves nothing: each mistake is seen within these seeds."""
+    mutant(monkeypatch)
+
+    with pytest.raises(ViolationError, match=r"replay: .* --seed"):
+        for seed in MUTANT_SEEDS:
+            run(seed)
