@@ -65,6 +65,7 @@ ANSWER_BYTES_MAX: Final = 1024**2
 LOCK_TIMEOUT_S: Final = 5.0
 POLL_S: Final = 0.1
 WATCH_S: Final = 0.5
+RECORD_NAME: Final = "cluster.json"
 NOT_RUNNING: Final = "The cluster is not running."
 LOG_LINES_SHOWN: Final = 15
 LOG_BYTES_READ: Final = 64 * 1024
@@ -361,9 +362,6 @@ class _Restarts:
         self.due = now + pause_s
         return pause_s
 
-    def runs(self) -> None:
-        self.due, self.given_up = None, False
-
 
 def _waiting(status: ClusterStatus, committed: int) -> str:
     """What is missing until all are voters that have applied ``committed``; empty if nothing."""
@@ -414,6 +412,7 @@ class ClusterManager:
             if (flag := word.partition("=")[0]) in OWN_FLAGS:
                 raise ConfigError(f"{flag} is given to each node by the manager: leave it out")
         self.data_dir = data_dir
+        self._record_path = data_dir / RECORD_NAME
         self._base_port = free_ports(nodes)[0] if base_port is None else base_port
         self._server_args = tuple(server_args)
         self._spawn_process = spawn
@@ -552,7 +551,7 @@ class ClusterManager:
         expected = record.cluster_id if record else next(iter(ids.values()), None)
         for node_id, cluster_id in ids.items():
             if cluster_id != expected:
-                where = self._record_path if record else f"its neighbour {next(iter(ids))}"
+                where = self._record_path if record else next(iter(ids))
                 raise ManagerError(
                     f"{node_id} belongs to cluster {cluster_id}, but {where} says {expected}: "
                     f"{self.node(node_id).directory} comes from another cluster. Move it away, and "
@@ -673,7 +672,8 @@ class ClusterManager:
         try:
             return seen.told(ask(node.reached_at, "STATUS"))
         except OSError as error:
-            return replace(seen, problem=f"{seen.problem} ({error.strerror or error})")
+            why = f": {error.strerror or error}" if seen.alive else ""
+            return replace(seen, problem=f"{seen.problem}{why}")
         except ValueError as error:
             return replace(seen, problem=f"does not answer on port {node.port}: {error}")
 
@@ -702,10 +702,9 @@ class ClusterManager:
     def _watch_locked(self, node: Node) -> Iterator[str]:
         restarts, now = self._restarts[node.node_id], self._clock()
         if self._process(node) or not node.pid_file.exists():
-            restarts.runs()  # or was stopped on purpose, which is no death either
-        elif restarts.given_up:
-            pass
-        elif restarts.due is None:
+            # It runs, or was stopped on purpose, which is no death either.
+            restarts.due, restarts.given_up = None, False
+        elif restarts.due is None and not restarts.given_up:
             status = self._exit_status(node)
             if status == EXIT_CONFIG:
                 restarts.given_up = True
@@ -782,10 +781,8 @@ class ClusterManager:
         peer_port, directory = port + PEER_PORT_OFFSET, self.data_dir / node_id
         if peer_port > PORT_MAX:
             raise ConfigError(f"--base-port: {node_id}'s port for peers would be {peer_port}")
-        flags = (
-            *(f"--node-id={node_id}", f"--port={port}", f"--peer-port={peer_port}"),
-            f"--data-dir={directory}",
-        )
+        given = {"node-id": node_id, "port": port, "peer-port": peer_port, "data-dir": directory}
+        flags = tuple(f"--{name}={value}" for name, value in given.items())
         settings = parse_settings([*flags, *self._server_args], os.environ)
         if settings.primary:
             raise ConfigError(
@@ -800,10 +797,6 @@ class ClusterManager:
         others = [other for other in self.nodes if other != node] or [node]
         join = ",".join(format_address(other.address) for other in others)
         return [*self._program, *node.flags, f"--join={join}", *self._server_args]
-
-    @property
-    def _record_path(self) -> Path:
-        return self.data_dir / "cluster.json"
 
     def _founding(self) -> Founding | None:
         return Founding.load(self._record_path)
@@ -924,7 +917,7 @@ def main(argv: Sequence[str], server_script: Path = SERVER_SCRIPT) -> int:
     split = words.index("--") if "--" in words else len(words)
     try:
         options = _parser().parse_args(words[:split])
-        shape = Founding.load(options.data_dir / "cluster.json") or Founding()
+        shape = Founding.load(options.data_dir / RECORD_NAME) or Founding()
         manager = ClusterManager(
             shape.nodes if options.nodes is None else options.nodes,
             shape.base_port if options.base_port is None else options.base_port,
@@ -948,23 +941,22 @@ def main(argv: Sequence[str], server_script: Path = SERVER_SCRIPT) -> int:
 def _act(manager: ClusterManager, action: str, as_json: bool) -> int:
     report = functools.partial(print, flush=True)
     progress = _progress() if sys.stderr.isatty() else _nothing
-    if action == "start":
-        manager.start(report, progress)
-    elif action == "stop":
-        manager.stop(report)
-    elif action == "restart":
-        manager.restart(report, progress)
-    elif action == "monitor":
-        if not any(node.alive for node in manager.status().nodes):
-            manager.start(report, progress)
-        _monitor(manager)
-    else:
+    if action == "status":
         status = manager.status()
         if as_json:
             print(json.dumps(asdict(status), indent=2))
         else:
             _console().print(_picture(status))
         return 0 if status.healthy else 1
+    if action == "stop":
+        manager.stop(report)
+    elif action == "restart":
+        manager.restart(report, progress)
+    # A monitor needs something to watch.
+    elif action == "start" or not any(node.alive for node in manager.status().nodes):
+        manager.start(report, progress)
+    if action == "monitor":
+        _monitor(manager)
     return 0
 
 

@@ -4,9 +4,9 @@ node1 is the primary whenever it belongs to a cluster; the others tell it that t
 become voters. ``FAKE_<BEHAVIOUR>=node2`` in the environment makes that node misbehave:
 
     FAKE_DIES         prints 20 lines and exits with status 3
-    FAKE_DIES_CONFIG  the same with status 78
     FAKE_STUBBORN     ignores SIGTERM
     FAKE_LEARNER      never becomes a voter
+    FAKE_BEHIND       never applies the last entry
     FAKE_FOREIGN      belongs to another cluster
 """
 
@@ -82,7 +82,7 @@ class FakeNode(socketserver.ThreadingTCPServer):
             "role": "PRIMARY" if self.is_primary else "SECONDARY",
             "term": 1,
             "commit_index": 7,
-            "applied_index": 7,
+            "applied_index": 6 if misbehaves(self.settings, "BEHIND") else 7,
             "keys": 5,
             "uptime_seconds": time.monotonic() - self.started,
             "argv": sys.argv[1:],
@@ -117,19 +117,17 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def die(status: int) -> NoReturn:
+def die() -> NoReturn:
     for number in range(20):
         say(f"line {number}")
-    sys.exit(status)
+    sys.exit(3)
 
 
 def main() -> None:
     settings = parse_settings(sys.argv[1:], os.environ)
     say(" ".join(["started:", *sys.argv[1:]]))
     if misbehaves(settings, "DIES"):
-        die(3)
-    if misbehaves(settings, "DIES_CONFIG"):
-        die(78)
+        die()
     if misbehaves(settings, "STUBBORN"):
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     with FakeNode(settings) as node:

@@ -179,16 +179,24 @@ def test_start_when_one_node_is_dead_then_starts_that_one(cluster: Cluster):
 def test_start_when_a_pid_file_is_stale_then_its_process_is_not_taken_for_the_node(
     cluster: Cluster,
 ):
-    """A pid that another process has by now is told apart by its creation time."""
+    """A pid that another process has by now is told apart by its creation time and its flags."""
     own = psutil.Process()
+    code = "import signal; signal.pause()"
+    namesake = psutil.Popen([sys.executable, "-c", code, "--node-id=node1"])  # of another cluster
     cluster.data_dir.mkdir()
-    for node, created in zip(cluster.nodes, (own.create_time(), 0.0, "never"), strict=True):
-        node.pid_file.write_text(json.dumps({"pid": own.pid, "create_time": created, "port": 1}))
+    processes = (namesake.pid, namesake.create_time() - 60), (own.pid, own.create_time())
+    for node, (pid, created) in zip(cluster.nodes, processes, strict=False):
+        node.pid_file.write_text(json.dumps({"pid": pid, "create_time": created, "port": 1}))
     cluster.nodes[2].pid_file.write_text("torn {")
 
-    assert cluster.running() == []
-    assert cluster.end() == ["The cluster is not running."]
-    assert len(cluster.begin()) == 5
+    try:
+        assert cluster.running() == []
+        assert cluster.end() == ["The cluster is not running."]
+        assert len(cluster.begin()) == 5
+        assert namesake.poll() is None
+    finally:
+        namesake.kill()
+        namesake.wait()
 
 
 @pytest.mark.parametrize("offset", [1, 1 + PEER_PORT_OFFSET])
@@ -243,12 +251,18 @@ def test_start_when_it_fails_then_only_what_it_started_is_stopped(cluster: Clust
 
 @pytest.mark.slow
 @pytest.mark.cluster
-def test_start_when_a_node_does_not_become_a_voter_then_says_what_it_waited_for(make, monkeypatch):
-    """A start has a deadline, and its error names what was missing."""
-    monkeypatch.setenv("FAKE_LEARNER", "node2")
+@pytest.mark.parametrize(
+    ("behaviour", "said"),
+    [("LEARNER", "node2 is not a voter yet"), ("BEHIND", "node2 has applied 6 of 7 entries")],
+)
+def test_start_when_a_node_is_not_ready_in_time_then_says_what_it_waited_for(
+    make, monkeypatch, behaviour, said
+):
+    """Ready is a voter that has what was committed; a start has a deadline and names what is not."""
+    monkeypatch.setenv(f"FAKE_{behaviour}", "node2")
     cluster = make(nodes=2, start_timeout_s=1.5)
 
-    with pytest.raises(ManagerError, match="not ready in time: node2 is not a voter yet"):
+    with pytest.raises(ManagerError, match=f"not ready in time: {said}"):
         cluster.begin()
 
     assert cluster.running() == []
@@ -499,7 +513,7 @@ def test_status_when_nodes_fail_then_tells_the_majority_by_its_exit_status(clust
     table = run(*argv)
 
     assert table.returncode == 0
-    assert "node2 does not run" in table.stdout
+    assert "node2 does not run." in table.stdout
     assert "0 more failures would be tolerated" in table.stdout
     cluster.kill_node("node3")
     assert run(*argv).returncode == 1
@@ -519,7 +533,7 @@ def test_status_when_a_node_hangs_then_it_is_alive_but_does_not_count(make):
     cluster.resume("node2")
 
     hung = status.nodes[1]
-    assert (hung.alive, hung.role, hung.problem) == (True, None, "does not answer (timed out)")
+    assert (hung.alive, hung.role, hung.problem) == (True, None, "does not answer: timed out")
     assert not status.healthy
     eventually(lambda: cluster.status().healthy)
 
