@@ -26,6 +26,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
+from textwrap import indent
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kv_client import DEFAULT_NODES, Address, JSONValue, KVStoreClient
@@ -462,8 +463,8 @@ def show(reply: Reply) -> str:
         case dict():
             return "\n".join(f"{show(key)}: {show(value)}" for key, value in reply.items())
         case _:
-            lines = [f"{number}) {show(item)}" for number, item in enumerate(reply, start=1)]
-            return "\n".join(lines) or "(none)"
+            items = (indent(show(item), "   ").lstrip() for item in reply)
+            return "\n".join(f"{n}) {item}" for n, item in enumerate(items, 1)) or "(none)"
 
 
 def help_text(name: str | None) -> str:
@@ -496,6 +497,8 @@ def lines_from_prompt() -> Iterator[str]:
     session: PromptSession[str] = PromptSession(
         history=FileHistory(HISTORY_FILE.expanduser()),
         completer=NestedCompleter.from_nested_dict(completions()),
+        # A completion already under way for what is typed would swallow the Tab.
+        complete_while_typing=False,
     )
     say("HELP lists the commands, Tab completes them, Ctrl-D leaves.")
     while True:
@@ -741,6 +744,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{error}\n{START_HINT}")
     except (KVError, LoadError, OSError) as error:
         return _fail(str(error))
+    except ImportError as error:
+        return _fail(f"{error}: python -m pip install -r requirements.txt")
     except KeyboardInterrupt:
         return _fail("Interrupted." + (" The same command goes on." if options.load else ""))
     return 0

@@ -317,7 +317,7 @@ class KVStoreClient:
 
     @property
     def last_node(self) -> str | None:
-        """The node that answered this thread's last call, as ``host:port``."""
+        """The node that answered this thread's last call, as ``host:port``; None if none did."""
         return cast("str | None", getattr(self._answered_by, "node", None))
 
     # ---- Values ----
@@ -461,6 +461,7 @@ class KVStoreClient:
         Around a failover some may be sent again after later ones were done: requests whose order
         matters belong in separate calls.
         """
+        self._answered_by.node = None
         calls = [self._call(argv) for argv in requests]
         self._run(calls)
         return [call.reply for call in calls]
@@ -487,7 +488,7 @@ class KVStoreClient:
             if failure is None:
                 pauses = _pauses()
                 continue
-            excuses[address] = str(failure)
+            excuses[address] = _excuse(failure)
             if time.monotonic() >= deadline:
                 told = "; ".join(f"{node}: {excuse}" for node, excuse in excuses.items())
                 for call in waiting:
@@ -614,6 +615,12 @@ def _take_chunk(waiting: deque[_Call]) -> list[_Call]:
 
 def _primary_of(redirect: NotPrimaryError) -> Address:
     return Address(redirect.host, redirect.port)
+
+
+def _excuse(failure: KVError) -> str:
+    if isinstance(failure, NotPrimaryError):
+        return f"says that {_primary_of(failure)} is the primary"
+    return str(failure)
 
 
 def _exchange(connection: _Connection, argv: Sequence[bytes], deadline: float) -> Reply:

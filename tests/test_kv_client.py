@@ -207,6 +207,7 @@ def test_members_when_learned_then_survive_the_address_that_was_given(cluster: F
         assert sorted(client.nodes) == sorted(cluster.addresses)
 
 
+@pytest.mark.slow
 def test_redirect_when_it_leads_to_a_dead_node_then_waits_for_the_next_primary(
     cluster: FakeCluster,
 ) -> None:
@@ -225,15 +226,16 @@ def test_redirect_when_nodes_point_at_each_other_then_ends_with_the_deadline() -
     """A redirect loop is slowed by pauses and ended by the deadline (raft-traps T55)."""
     with FakeCluster(1) as one, FakeCluster(1) as other:
         one.primary, other.primary = other.nodes[0], one.nodes[0]
-        with KVStoreClient(one.addresses, timeout_s=0.3) as client:
+        with KVStoreClient(one.addresses, timeout_s=0.2) as client:
             started_s = time.monotonic()
             with pytest.raises(NoPrimaryError):
                 client.incr("n")
 
-        assert 0.3 <= time.monotonic() - started_s < 1
+        assert 0.2 <= time.monotonic() - started_s < 3
         assert sum((one.received + other.received).values()) < 30
 
 
+@pytest.mark.slow
 def test_no_primary_when_one_comes_in_time_then_is_waited_for(cluster: FakeCluster) -> None:
     """CLUSTERDOWN is no answer while there is time."""
     cluster.primary = None
@@ -252,7 +254,8 @@ def test_no_node_when_the_deadline_passes_then_says_what_each_said() -> None:
         with pytest.raises(NoPrimaryError) as raised:
             client.incr("n")
 
-    assert 0.2 <= time.monotonic() - started_s < 1
+    assert 0.2 <= time.monotonic() - started_s < 3
+        assert client.last_node is None
     assert all(f"{node}: Connection refused" in str(raised.value) for node in nodes)
 
 
@@ -261,7 +264,7 @@ def test_node_when_it_hangs_then_no_request_is_risked_on_it(cluster: FakeCluster
     with silent_listener() as hung:
         host, port = hung.getsockname()
         # Asked in turn, so that one of the two first calls meets the hung one.
-        with KVStoreClient([f"{host}:{port}", cluster.addresses[0]], timeout_s=0.9) as client:
+        with KVStoreClient([f"{host}:{port}", cluster.addresses[0]], timeout_s=1.5) as client:
             assert [client.incr("n"), client.incr("n")] == [1, 2]
 
 
@@ -322,6 +325,46 @@ def test_repeatable_request_when_its_answer_is_lost_then_is_sent_again(
     assert cluster.done[command] == (2 if fault is Fault.DONE_AND_DROPPED else 1)
 
 
+@pytest.fixture
+def breaking_send(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Call it, and the next send loses the connection before its last byte."""
+    whole = kv_client._Connection.send
+    due: list[bool] = []
+
+    def send(connection: kv_client._Connection, data: bytes, deadline: float) -> None:
+        if not due:
+            whole(connection, data, deadline)
+            return
+        due.clear()
+        whole(connection, data[:-1], deadline)
+        raise ConnectionResetError("reset")
+
+    monkeypatch.setattr(kv_client._Connection, "send", send)
+    return lambda: due.append(True)
+
+
+def test_request_when_its_last_byte_never_left_then_is_sent_again(
+    cluster: FakeCluster, client: KVStoreClient, breaking_send: Callable[[], None]
+) -> None:
+    """A request that cannot have arrived whole is certainly not done."""
+    client.incr("n")
+    breaking_send()
+
+    assert client.incr("n") == 2
+
+
+def test_batch_when_its_last_byte_never_left_then_the_requests_before_are_unknown(
+    cluster: FakeCluster, client: KVStoreClient, breaking_send: Callable[[], None]
+) -> None:
+    """What was sent before the break may have been done."""
+    client.incr("n")
+    breaking_send()
+
+    first, _ = client.execute_many([["INCR", "n"], ["INCR", "m"]])
+
+    assert isinstance(first, OutcomeUnknownError)
+
+
 def test_idle_connection_when_the_node_has_closed_it_then_is_not_used(
     cluster: FakeCluster, client: KVStoreClient
 ) -> None:
@@ -333,11 +376,12 @@ def test_idle_connection_when_the_node_has_closed_it_then_is_not_used(
     assert cluster.nodes[0].accepted == 2
 
 
+@pytest.mark.slow
 def test_silent_primary_when_asked_to_read_then_another_attempt_is_made(
     cluster: FakeCluster,
 ) -> None:
     """A repeatable request does not spend its whole time on one silent node."""
-    with KVStoreClient(cluster.addresses[:1], timeout_s=0.6) as client:
+    with KVStoreClient(cluster.addresses[:1], timeout_s=1.5) as client:
         client.set("k", 1)
         cluster.faults.append(Fault.DONE_AND_SILENT)
 
@@ -363,7 +407,7 @@ def test_silence_when_the_deadline_passes_then_only_a_read_is_surely_not_done(
         with pytest.raises(error):
             request_(client)
 
-    assert 0.2 <= time.monotonic() - started_s < 1
+    assert 0.2 <= time.monotonic() - started_s < 3
 
 
 def test_repeated_write_when_the_next_attempt_is_refused_then_stays_unknown(
@@ -455,13 +499,12 @@ def test_batch_when_the_connection_breaks_then_each_request_is_judged_for_itself
 
 @pytest.mark.slow
 def test_batch_when_large_then_neither_side_waits_for_the_other(client: KVStoreClient) -> None:
-    """Replies are read while requests are sent: 8 MiB each way fit into no socket's buffers."""
-    value = "x" * 4096
-    client.set("k", value)
+    """Replies are read while requests are sent: 16 MiB each way fit into no socket's buffers."""
+    value = "x" * 32 * 1024
 
-    replies = client.execute_many([["GET", "k"]] * 2000 + [["SET", "k", value]] * 2000)
+    replies = client.execute_many([["SET", "k", value], ["GET", "k"]] * 512)
 
-    assert replies == [value.encode()] * 2000 + [OK] * 2000
+    assert replies == [OK, value.encode()] * 512
 
 
 def test_chunk_when_one_request_is_over_the_limit_then_goes_alone(client: KVStoreClient) -> None:
