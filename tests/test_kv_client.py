@@ -255,7 +255,7 @@ def test_no_node_when_the_deadline_passes_then_says_what_each_said() -> None:
             client.incr("n")
 
     assert 0.2 <= time.monotonic() - started_s < 3
-        assert client.last_node is None
+    assert client.last_node is None
     assert all(f"{node}: Connection refused" in str(raised.value) for node in nodes)
 
 
