@@ -6,6 +6,10 @@ Rule 2: a definite error is only given for what was not proposed (promise G4).
 Rule 3: while no primary is known, a data command is held for a moment instead of refused, so that
 a failover is a pause and not an error.
 
+Rule 4: the last run of a batch, which is most often the only one, is answered by the thread that
+applies it or confirms the read: waking the client's own thread for it would cost more than all the
+rest (docs/adr/0005). The client's thread meanwhile waits for the next request.
+
 Each ``Session`` belongs to one thread ``client-N`` of ``kv_store_server.py``; what they share is
 the ``Service``. The commands' meaning is in ``kv_store.py``, their syntax in ``kv_commands.py``.
 """
@@ -17,9 +21,11 @@ import json
 import os
 import platform
 import secrets
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import kv_commands
@@ -35,7 +41,7 @@ from kv_errors import (
 from kv_protocol import Item, RequestParser, encode_line, encode_reply, line_value
 from kv_store import ExpiredKeysError, KeyValueStore, purge_request
 from kv_types import OK, Reply, SimpleString, Verbatim
-from raft_node import NodeStatus, RaftNode
+from raft_node import NodeStatus, Pending, RaftNode
 from raft_types import Member, MemberId
 
 VERSION: Final = "0.1.0"
@@ -73,13 +79,24 @@ class Service:
 class Session:
     """The state of one connection, and the one place that answers its requests."""
 
-    def __init__(self, service: Service, peer: str, close: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        service: Service,
+        peer: str,
+        *,
+        deliver: Callable[[bytes, Callable[[], None]], None],
+        stop_reading: Callable[[], None],
+    ) -> None:
+        """``deliver(replies, sent)`` sends from any thread without waiting, then calls ``sent``.
+
+        ``stop_reading`` lets the client's thread see the end of its requests.
+        """
         self.service = service
         self.node = service.node
         self.store = service.store
         self.id = next(service.ids)
         self.peer = peer
-        self.close = close
+        self.stop_reading = stop_reading
         self.name = b""
         self.protocol = 2
         self.reads_stale = False
@@ -87,23 +104,34 @@ class Session:
         self.last_write_index = 0
         self.began_s = time.monotonic()
         self.parser = RequestParser(service.settings.request_bytes_max)
+        self._deliver = deliver
+        # Held from handing a run to other threads until its replies are sent (or it came back).
+        self._under_way = threading.Lock()
+        # A run of reads that came back, because this node ceased to lead: it was not answered.
+        self._came_back: tuple[Sequence[Argv], bytes] | None = None
         service.connections_count += 1
         service.sessions[self.id] = self
 
     def receive(self, data: bytes) -> bytes:
-        """The replies to what the client sent; afterwards see ``closing``."""
+        """The replies to what the client sent that are to be sent now; then see ``closing``."""
+        out = [self.finish()]
         self.parser.feed(data)
         items = self.parser.take()
-        if not items:
-            self.closing = self.parser.broken
-            return b""
         self.service.commands_count += len(items)
-        out: list[bytes] = []
         position = 0
         while position < len(items) and not self.closing:
             position = self._answer_run(items, position, out)
         self.closing = self.closing or self.parser.broken
         return b"".join(out)
+
+    def finish(self) -> bytes:
+        """Wait until nothing is under way; the replies that are left to send."""
+        with self._under_way:
+            pass
+        if self._came_back is None:
+            return b""
+        (run, before), self._came_back = self._came_back, None
+        return b"".join([before, *self._read(run)])
 
     # ---- Batches -------------------------------------------------------------------------------
 
@@ -117,11 +145,15 @@ class Session:
         assert not isinstance(first, KVError)
         if "write" in command.flags:
             run, end = self._gather(items, position, "write")
-            out.extend(self._write(run))
+            if not (self._is_last(items, end) and self._write_later(run, out)):
+                out += self._write(run)
             return end
         if "read" in command.flags:
+            # What may take long must not hold up the thread of a peer.
             run, end = self._gather(items, position, "read")
-            out.extend(self._read(run))
+            is_fast = all("fast" in kv_commands.lookup(argv).flags for argv in run)
+            if not (is_fast and self._is_last(items, end) and self._read_later(run, out)):
+                out += self._read(run)
             return end
         try:
             reply = _LOCAL[command.name](self, first)
@@ -129,6 +161,9 @@ class Session:
             reply = error
         out.append(self._encode(first, reply, 0))
         return position + 1
+
+    def _is_last(self, items: Sequence[Item], end: int) -> bool:
+        return end == len(items) and not self.parser.broken
 
     def _checked(self, item: Item) -> kv_commands.Command | KVError:
         if isinstance(item, KVError):
@@ -185,21 +220,47 @@ class Session:
                 return None
 
     def _write(self, run: Sequence[Argv]) -> list[bytes]:
+        payloads, blind = self._payloads(run)
+        done: list[Pending] = []
+        error = self._held(lambda: done.append(self.node.propose(payloads, blind=blind)))
+        if error is not None:
+            return self._encode_all(run, [error] * len(run))
+        return self._write_replies(run, done[0])
+
+    def _payloads(self, run: Sequence[Argv]) -> tuple[list[bytes], bool]:
         now_ms = self.service.now_ms()
         payloads = [kv_commands.encode_payload(now_ms, argv) for argv in run]
-        blind = self.service.settings.replication == "async" and all(map(kv_commands.is_blind, run))
-        first, replies = 0, ()  # type: tuple[int, Sequence[Reply]]
+        is_async = self.service.settings.replication == "async"
+        return payloads, is_async and all(map(kv_commands.is_blind, run))
 
-        def attempt() -> None:
-            nonlocal first, replies
-            first, replies = self.node.propose(payloads, blind=blind)
+    def _write_later(self, run: Sequence[Argv], out: list[bytes]) -> bool:
+        """Hand a run over, with the replies that go before its own; False: nothing was proposed."""
+        payloads, blind = self._payloads(run)
+        on_done = partial(self._on_written, run, b"".join(out))
+        self._under_way.acquire()
+        try:
+            self.node.propose_later(payloads, on_done, blind=blind)
+        except KVError:
+            self._under_way.release()
+            return False
+        out.clear()
+        return True
 
-        error = self._held(attempt)
-        if error is not None:
-            return [self._encode(argv, error, 0) for argv in run]
-        self.last_write_index = first + len(run) - 1
-        if not replies:  # answered before it was applied: a blind write's reply is always OK
-            replies = [OK] * len(run)
+    def _on_written(self, run: Sequence[Argv], before: bytes, pending: Pending) -> None:
+        replies = self._write_replies(run, pending)
+        self._deliver(b"".join([before, *replies]), self._under_way.release)
+
+    def _write_replies(self, run: Sequence[Argv], pending: Pending) -> list[bytes]:
+        if pending.error is not None:
+            return self._encode_all(run, [pending.error] * len(run))
+        self.last_write_index = pending.last
+        # Answered before it was applied: a blind write's reply is always OK.
+        replies = pending.replies or [OK] * len(run)
+        return self._encode_all(run, replies, pending.first)
+
+    def _encode_all(
+        self, run: Sequence[Argv], replies: Sequence[Reply], first: int = 0
+    ) -> list[bytes]:
         return [
             self._encode(argv, reply, first + i)
             for i, (argv, reply) in enumerate(zip(run, replies, strict=True))
@@ -209,19 +270,57 @@ class Session:
         if not (self.reads_stale and not self.node.is_primary):
             error = self._held(self.node.read_barrier)
             if error is not None:
-                return [self._encode(argv, error, 0) for argv in run]
+                return self._encode_all(run, [error] * len(run))
         replies: list[Reply] = []
         while len(replies) < len(run):
             now_ms = self.service.now_ms()
             try:
-                with self.node.store_lock:
-                    for argv in run[len(replies) :]:
-                        replies.append(self.store.read(argv, now_ms))  # noqa: PERF401
+                self._read_store(run, replies, now_ms)
             except ExpiredKeysError as expired:
                 error = self._purge(expired.pairs, now_ms)
                 if error is not None:
                     replies.append(error)
-        return [self._encode(argv, reply, 0) for argv, reply in zip(run, replies, strict=True)]
+        return self._encode_all(run, replies)
+
+    def _read_store(self, run: Sequence[Argv], replies: list[Reply], now_ms: int) -> None:
+        with self.node.store_lock:
+            for argv in run[len(replies) :]:
+                replies.append(self.store.read(argv, now_ms))  # noqa: PERF401 - kept if one raises
+
+    def _read_later(self, run: Sequence[Argv], out: list[bytes]) -> bool:
+        """Hand a run over, with the replies that go before its own; False: it was not taken."""
+        if self.reads_stale:
+            return False
+        on_done = partial(self._on_readable, run, b"".join(out))
+        self._under_way.acquire()
+        try:
+            self.node.read_later(on_done)
+        except KVError:
+            self._under_way.release()
+            return False
+        out.clear()
+        return True
+
+    def _on_readable(self, run: Sequence[Argv], before: bytes, pending: Pending) -> None:
+        if pending.error is None:
+            replies: list[Reply] = []
+            now_ms = self.service.now_ms()
+            try:
+                self._read_store(run, replies, now_ms)
+            except ExpiredKeysError as expired:
+                payload = kv_commands.encode_payload(now_ms, purge_request(expired.pairs))
+                try:
+                    again = partial(self._on_readable, run, before)
+                    self.node.propose_later([payload], again)
+                    return
+                except KVError as error:
+                    replies = [error] * len(run)
+            encoded = self._encode_all(run, replies)
+            self._deliver(b"".join([before, *encoded]), self._under_way.release)
+        else:
+            # The leadership is lost, so the client's thread is about to wake and to see to it.
+            self._came_back = (run, before)
+            self._under_way.release()
 
     def _purge(self, pairs: Sequence[tuple[bytes, int]], now_ms: int) -> KVError | None:
         """Delete keys whose deadline has passed, so that a read may say that they are gone.

@@ -30,7 +30,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 import kv_commands
@@ -76,22 +76,52 @@ class ClientHandler(socketserver.BaseRequestHandler):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _set_stall(sock, socket.SO_SNDTIMEO, STALL_S)
         host, port = self.client_address[:2]
-        session = Session(self.server.service, f"{host}:{port}", lambda: _stop_reading(sock))
-        in_request = False
+        session = Session(
+            self.server.service,
+            f"{host}:{port}",
+            deliver=self._deliver,
+            stop_reading=lambda: _stop_reading(sock),
+        )
         try:
-            while not session.closing:
-                data = sock.recv(RECEIVE_BYTES)
-                if not data:
-                    return
-                if replies := session.receive(data):
-                    sock.sendall(replies)
-                if session.parser.has_partial != in_request:
-                    in_request = not in_request
-                    _set_stall(sock, socket.SO_RCVTIMEO, STALL_S if in_request else 0)
+            self._serve(sock, session)
+            if session.parser.broken:
+                _close_gently(sock)
         except (ConnectionError, BlockingIOError):
             pass  # it went away, or stood still for STALL_S
         finally:
+            session.finish()
             self.server.service.sessions.pop(session.id, None)
+
+    def _serve(self, sock: socket.socket, session: Session) -> None:
+        in_request = False
+        while not session.closing and (data := sock.recv(RECEIVE_BYTES)):
+            if replies := session.receive(data):
+                sock.sendall(replies)
+            if session.parser.has_partial != in_request:
+                in_request = not in_request
+                _set_stall(sock, socket.SO_RCVTIMEO, STALL_S if in_request else 0)
+        if replies := session.finish():
+            sock.sendall(replies)
+
+    def _deliver(self, replies: bytes, sent: Callable[[], None]) -> None:
+        """Send from a thread that others depend on: a client that does not read can't hold it."""
+        try:
+            count = self.request.send(replies, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            count = 0
+        except OSError:
+            count = len(replies)  # it is gone, which its own thread will see
+        if count == len(replies):
+            sent()
+        else:
+            threading.Thread(
+                target=self._deliver_slowly, args=(replies[count:], sent), name="client-slow"
+            ).start()
+
+    def _deliver_slowly(self, replies: bytes, sent: Callable[[], None]) -> None:
+        with contextlib.suppress(OSError):
+            self.request.sendall(replies)
+        sent()
 
 
 def _set_stall(sock: socket.socket, option: int, seconds: int) -> None:
@@ -103,6 +133,15 @@ def _stop_reading(sock: socket.socket) -> None:
     # What has arrived is still read and answered; then the client's thread sees the end.
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RD)
+
+
+def _close_gently(sock: socket.socket) -> None:
+    """Let the client read the error before the reset that closing on unread bytes would send."""
+    sock.shutdown(socket.SHUT_WR)
+    _set_stall(sock, socket.SO_RCVTIMEO, 1)
+    unread_bytes = 1024 * 1024
+    while unread_bytes > 0 and (data := sock.recv(RECEIVE_BYTES)):
+        unread_bytes -= len(data)
 
 
 class TCPServer(socketserver.ThreadingTCPServer):
@@ -154,7 +193,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
     def close_clients(self) -> None:
         """Let every client find the new primary: answer what has arrived, then close."""
         for session in list(self.service.sessions.values()):
-            session.close()
+            session.stop_reading()
 
 
 # ---- Belonging to a cluster --------------------------------------------------------------------

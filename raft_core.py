@@ -210,6 +210,7 @@ class RaftCore:
         self._read_round = 0
         self._reads_waiting = []
         self._reads_in_round = []
+        self._reads_done = []
 
     def _campaign(self, *, pre_vote: bool) -> None:
         """Ask for votes, or first whether an election could be won at all (thesis 9.6)."""
@@ -677,12 +678,16 @@ class RaftCore:
     @property
     def has_ready(self) -> bool:
         """Whether ``ready`` would give something."""
-        return self._ready_out is None and (bool(self._messages) or not self.needs_no_write)
+        return self._ready_out is None and (
+            bool(self._messages)
+            or self.log.has_unwritten
+            or self._saved_hard_state != (self.term, self.voted_for)
+        )
 
     @property
-    def needs_no_write(self) -> bool:
-        """Whether the next Ready, if any, would hold only messages."""
-        return not self.log.has_unwritten and self._saved_hard_state == (self.term, self.voted_for)
+    def is_writing(self) -> bool:
+        """Whether a Ready is out and has not come back by ``advance``."""
+        return self._ready_out is not None
 
     def ready(self) -> Ready | None:
         """What to write and then send; the next one comes only after ``advance``."""

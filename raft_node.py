@@ -14,7 +14,9 @@ Rule 4: a write that was proposed ends in its reply or in UNKNOWN, never in a de
 | raft-peer-NAME | dials a peer, pulls and pushes appends, heartbeats and votes | that socket |
 | raft-recv-NAME | reads a peer's frames, ``core.step`` | that socket |
 
-Lock order, never reversed: ``store_lock`` > ``_lock`` > a link's lock. Callers are the client
+Work is done by whoever finds it due, if no one is at it, which spares the change of threads that
+costs more than the work; the thread named for it takes over when more has gathered meanwhile.
+Lock order, never reversed: a link's sending lock > ``_lock``; ``store_lock`` > ``_lock``. Callers are the client
 threads of ``kv_store_server.py``. Read on in ``raft_core.py`` and ``raft_transport.py``.
 """
 
@@ -155,27 +157,35 @@ class NodeStatus:
     trouble: str  # why this node does not serve (all), for a person; "" if all is well
 
 
-class _Waiter:
-    """One client thread that waits for entries ``first..last`` or for a read index.
+class Pending:
+    """One batch of writes, or one read, under way; ``on_done`` is called once, with no lock held.
 
-    Woken once, by a plain lock: cheaper than any condition.
+    Then ``error`` is set, or for writes ``replies``: one each, or none if they were answered
+    before they were applied (asynchronous replication, where the reply is known beforehand).
     """
 
-    __slots__ = ("blind", "error", "first", "last", "replies", "term", "wakeup")
+    __slots__ = ("blind", "deadline_s", "error", "first", "last", "on_done", "replies", "term")
 
-    def __init__(self, first: int, last: int, term: int, *, blind: bool = False) -> None:
-        self.first = first
+    def __init__(
+        self,
+        first: int,
+        last: int,
+        term: int,
+        deadline_s: float,
+        on_done: Callable[[Pending], None],
+    ) -> None:
+        self.first = first  # log indexes; of a read: 0, and the least index that it must see
         self.last = last
         self.term = term
-        self.blind = blind
+        self.blind = False
+        self.deadline_s = deadline_s
+        self.on_done = on_done
         self.replies: list[Reply] = []
         self.error: KVError | None = None
-        self.wakeup = threading.Lock()
-        self.wakeup.acquire()
 
-    def finish(self, error: KVError | None = None) -> None:
-        self.error = error
-        self.wakeup.release()
+    def finish(self) -> None:
+        """Tell whoever waits for it."""
+        self.on_done(self)
 
 
 class RaftNode:
@@ -226,9 +236,10 @@ class RaftNode:
         self._primary_changed = threading.Condition(self._lock)
         self._stopping = False
         self._applied_index = store.applied_index
-        self._waiting: deque[_Waiter] = deque()  # by log index
-        self._readers: set[_Waiter] = set()  # all that wait for a read index, or to reach it
-        self._readers_at: list[tuple[int, list[_Waiter]]] = []  # confirmed, not yet applied
+        self._applying = False  # one thread at a time, in the log's order
+        self._waiting: deque[Pending] = deque()  # writes, by log index
+        self._readers: set[Pending] = set()  # all that wait for a read index, or to reach it
+        self._readers_at: list[tuple[int, list[Pending]]] = []  # confirmed, not yet applied
         self._links: dict[MemberId, PeerLink] = {}
         self._connected: set[MemberId] = set()  # peers with a live connection to us
         self._dead: set[MemberId] = set()  # peers whose port refuses, or is another process's
@@ -262,11 +273,12 @@ class RaftNode:
         """Stop everything; who still waits for a write gets UNKNOWN."""
         with self._lock:
             self._stopping = True
-            self._fail_waiting_locked(OutcomeUnknownError("the node is stopping"))
+            effects = self._fail_waiting_locked(OutcomeUnknownError("the node is stopping"))
             self._ready_due.notify_all()
             self._apply_due.notify_all()
             self._primary_changed.notify_all()
             links = list(self._links.values())
+        _run(effects)
         self._listener.close()
         for link in links:
             link.close()
@@ -284,15 +296,22 @@ class RaftNode:
 
     # ---- Any thread: writes, reads, questions --------------------------------------------------
 
-    def propose(
-        self, payloads: Sequence[bytes], *, blind: bool = False
-    ) -> tuple[int, Sequence[Reply]]:
-        """Replicate commands, wait until they are applied: (index of the first, replies).
+    def propose(self, payloads: Sequence[bytes], *, blind: bool = False) -> Pending:
+        """``propose_later``, and wait until it is done. Raises its error."""
+        return _wait_for(partial(self.propose_later, payloads, blind=blind))
 
-        With asynchronous replication and ``blind`` commands (whose reply is known beforehand) it
-        waits only for this node's own disk, and the replies are empty.
-        Raises NotPrimaryError, NoPrimaryError, BusyError or NoSpaceError when nothing was
-        proposed, OutcomeUnknownError when it may have been.
+    def propose_later(
+        self,
+        payloads: Sequence[bytes],
+        on_done: Callable[[Pending], None],
+        *,
+        blind: bool = False,
+    ) -> None:
+        """Replicate commands; ``on_done`` is called when they are applied, or have failed.
+
+        ``blind`` commands (whose reply is known beforehand) are done with this node's own disk
+        where replication is asynchronous. Raises NotPrimaryError, NoPrimaryError, BusyError or
+        NoSpaceError: nothing was proposed. Later there is only OutcomeUnknownError.
         """
         with self._lock:
             self._check_serving_locked()
@@ -304,31 +323,26 @@ class RaftNode:
                 raise self._not_primary_locked() from None
             except TooMuchUncommittedError:
                 raise BusyError("too many writes wait for a majority; try again") from None
-            waiter, effects = self._wait_for_locked(
-                first, len(payloads), blind=blind and self.config.async_replication
-            )
-        _run(effects)
-        return first, self._await_write(waiter)
+            pending = self._pending_locked(first, first + len(payloads) - 1, on_done)
+            pending.blind = blind and self.config.async_replication
+            self._waiting.append(pending)
+            effects = self._pump_locked()
+        self._settle(effects)
 
-    def _wait_for_locked(
-        self, first: int, count: int, *, blind: bool = False
-    ) -> tuple[_Waiter, list[Effect]]:
-        waiter = _Waiter(first, first + count - 1, self._core.term, blind=blind)
-        self._waiting.append(waiter)
-        return waiter, self._pump_locked()
-
-    def _await_write(self, waiter: _Waiter) -> Sequence[Reply]:
-        # Check-quorum ends the wait long before this; the limit is for a hung disk.
-        if not waiter.wakeup.acquire(timeout=2 * self.config.election_timeout_max_s):
-            raise OutcomeUnknownError("no majority has confirmed the write in time")
-        if waiter.error is not None:
-            raise waiter.error
-        return waiter.replies
+    def _pending_locked(self, first: int, last: int, on_done: Callable[[Pending], None]) -> Pending:
+        # Check-quorum ends the wait long before this; the limit is for disks that hang.
+        deadline_s = self._clock() + 2 * self.config.election_timeout_max_s
+        return Pending(first, last, self._core.term, deadline_s, on_done)
 
     def read_barrier(self) -> None:
-        """Return when reading the store is linearizable. Source: thesis 6.4.
+        """``read_later``, and wait until it is done. Raises its error."""
+        _wait_for(self.read_later)
 
-        Raises NotPrimaryError or NoPrimaryError (a read that failed is always definite).
+    def read_later(self, on_done: Callable[[Pending], None]) -> None:
+        """``on_done`` is called when reading the store is linearizable. Source: thesis 6.4.
+
+        Raises NotPrimaryError or NoPrimaryError, which are also the only errors later: a read
+        that failed is always definite.
         """
         with self._lock:
             self._check_serving_locked()
@@ -336,11 +350,11 @@ class RaftNode:
             # With asynchronous replication what was answered OK may not be committed yet, and
             # must be seen all the same.
             last = core.log.last_index if self.config.async_replication else 0
-            reader = _Waiter(0, last, core.term)
-            effects: list[Effect] = []
+            reader = self._pending_locked(0, last, on_done)
+            effects: list[Effect]
             if self._lease.is_valid() and core.committed_in_own_term:
                 self._readers.add(reader)
-                self._confirm_reads_locked(core.commit_index, [reader])
+                effects = self._confirm_reads_locked(core.commit_index, [reader])
             else:
                 try:
                     core.read_index(reader)
@@ -348,17 +362,7 @@ class RaftNode:
                     raise self._not_primary_locked() from None
                 self._readers.add(reader)
                 effects = self._pump_locked()
-        _run(effects)
-        if not reader.wakeup.acquire(timeout=self.config.election_timeout_max_s):
-            with self._lock:
-                self._readers.discard(reader)
-            raise NoPrimaryError("no majority has confirmed the read in time")
-        if reader.error is not None:
-            raise reader.error
-        # The leadership may have ended since the round (raft-traps T48). Read without the lock:
-        # each is one load, and the term never comes back.
-        if core.role is not Role.LEADER or core.term != reader.term:
-            raise NoPrimaryError("the primary has changed; try again")
+        self._settle(effects)
 
     def _check_serving_locked(self) -> None:
         if self._stopping:
@@ -416,9 +420,14 @@ class RaftNode:
             except MembershipChangeRefusedError as error:
                 raise BusyError(str(error)) from None
             membership = self._core.membership
-            waiter, effects = self._wait_for_locked(index, 1)
-        _run(effects)
-        self._await_write(waiter)
+            done = threading.Event()
+            pending = self._pending_locked(index, index, lambda _: done.set())
+            self._waiting.append(pending)
+            effects = self._pump_locked()
+        self._settle(effects)
+        done.wait()
+        if pending.error is not None:
+            raise pending.error
         return membership
 
     def status(self) -> NodeStatus:
@@ -464,33 +473,36 @@ class RaftNode:
     def _pump_locked(self) -> list[Effect]:
         """Notify whoever has work after the core has moved; returns what to do outside the lock."""
         core = self._core
-        if core.has_ready:
-            self._ready_due.notify()
-        for read_index, tokens in core.take_reads():
-            self._confirm_reads_locked(read_index, tokens)  # type: ignore[arg-type]
-        if core.commit_index > self._applied_index:
-            self._apply_due.notify()
         effects: list[Effect] = [
-            link.wake for member_id, link in self._links.items() if core.wants_append(member_id)
+            link.push for member_id, link in self._links.items() if core.wants_append(member_id)
         ]
+        for read_index, tokens in core.take_reads():
+            effects += self._confirm_reads_locked(read_index, tokens)  # type: ignore[arg-type]
         if core.membership is not self._seen_membership:
             effects += self._follow_membership_locked()
         if (core.role, core.term, core.leader_id) != self._seen:
             effects += self._follow_role_locked()
+        if core.truncated_count > self._seen_truncated:
+            count = core.truncated_count - self._seen_truncated
+            self._seen_truncated = core.truncated_count
+            effects.append(partial(log.warning, "rolled back entries=%d", count))
         self._lease.follow(core)
         return effects
 
-    def _confirm_reads_locked(self, read_index: int, readers: list[_Waiter]) -> None:
+    def _confirm_reads_locked(self, read_index: int, readers: list[Pending]) -> list[Effect]:
         read_index = max(read_index, *(reader.last for reader in readers))
         if read_index > self._applied_index:
             self._readers_at.append((read_index, readers))
-        else:
-            self._finish_readers_locked(readers)
+            return []
+        return self._finish_readers_locked(readers)
 
-    def _finish_readers_locked(self, readers: list[_Waiter]) -> None:
+    def _finish_readers_locked(self, readers: list[Pending]) -> list[Effect]:
+        # Whoever loses the leadership first fails its readers, with the lock held: so this node
+        # still leads in their term (raft-traps T48).
+        assert self._core.role is Role.LEADER
+        assert all(reader.term == self._core.term for reader in readers)
         self._readers.difference_update(readers)
-        for reader in readers:
-            reader.finish()
+        return [reader.finish for reader in readers]
 
     def _follow_role_locked(self) -> list[Effect]:
         """What a change of role, term or leader asks for."""
@@ -499,7 +511,8 @@ class RaftNode:
         self._primary_changed.notify_all()
         effects: list[Effect] = []
         if old_role is Role.LEADER and (core.role is not Role.LEADER or core.term != old_term):
-            self._fail_waiting_locked(OutcomeUnknownError("this node lost the leadership"))
+            error = OutcomeUnknownError("this node lost the leadership")
+            effects += self._fail_waiting_locked(error)
             effects.append(self._on_step_down)
         if core.role is Role.LEADER and old_role is not Role.LEADER:
             self._lease.begin()
@@ -510,18 +523,18 @@ class RaftNode:
                 log.info, "role=%s term=%d leader=%s", self._node_role_locked(), core.term, name
             )
         )
-        if core.truncated_count > self._seen_truncated:
-            count = core.truncated_count - self._seen_truncated
-            self._seen_truncated = core.truncated_count
-            effects.append(partial(log.warning, "rolled back entries=%d", count))
         return effects
 
-    def _fail_waiting_locked(self, error: OutcomeUnknownError) -> None:
-        while self._waiting:
-            self._waiting.popleft().finish(error)
+    def _fail_waiting_locked(self, error: OutcomeUnknownError) -> list[Effect]:
+        failed = [*self._waiting, *self._readers]
+        for pending in self._waiting:
+            pending.error = error
+        for reader in self._readers:
+            reader.error = self._not_primary_locked()
+        self._waiting.clear()
+        self._readers.clear()
         self._readers_at.clear()
-        while self._readers:
-            self._readers.pop().finish(self._not_primary_locked())
+        return [pending.finish for pending in failed]
 
     def _follow_membership_locked(self) -> list[Effect]:
         """Keep one link to each other member."""
@@ -565,37 +578,86 @@ class RaftNode:
             ticks = min(int((now_s - last_s) / TICK_S), ticks_max)
             last_s = now_s if ticks == ticks_max else last_s + ticks * TICK_S
             with self._lock:
-                for _ in range(ticks):
-                    self._core.tick()
+                # A follower whose own disk is slow has no cause to doubt its leader: it may not have
+                # read yet what that one sent (raft-traps T23).
+                if self._core.role is Role.LEADER or not self._core.is_writing:
+                    for _ in range(ticks):
+                        self._core.tick()
                 if self._lease.just_ended():
                     self._primary_changed.notify_all()
-                effects = self._pump_locked()
+                effects = self._pump_locked() + self._give_up_late_locked(now_s)
+                if self._core.has_ready:
+                    self._ready_due.notify()
             _run(effects)
+
+    def _give_up_late_locked(self, now_s: float) -> list[Effect]:
+        late: list[Effect] = []
+        while self._waiting and self._waiting[0].deadline_s <= now_s:
+            pending = self._waiting.popleft()
+            pending.error = OutcomeUnknownError("no majority has confirmed the write in time")
+            late.append(pending.finish)
+        return late
+
+    # ---- Any thread: the work that a change of the core has made due ----------------------------
+
+    def _settle(self, effects: Sequence[Effect]) -> None:
+        """After a change of the core: run its effects, then write and apply what is due.
+
+        Not on raft-timer, which must never wait for the disk (raft-traps T24).
+        """
+        _run(effects)
+        # On a client's thread as well: a disk or a store that fails is never only that client's.
+        self._guard(self._do_due_work)
+
+    def _do_due_work(self) -> None:
+        with self._lock:
+            ready = self._core.ready()
+        if ready is not None:
+            self._write(ready)
+        self._apply_committed()
+
+    def _write(self, ready: Ready) -> None:
+        """Make it durable, then let its messages go. One at a time: the core gives out no other."""
+        if ready.hard_state is not None or ready.entries:
+            self._disk.append(ready.hard_state, ready.entries)
+        with self._lock:
+            effects = self._advance_locked(ready)
+            if self._core.has_ready:
+                self._ready_due.notify()  # more has gathered; this thread has its own work
+        _run(effects)
+
+    def _apply_committed(self) -> None:
+        """Apply what is committed, unless another thread is at it; that one then goes on."""
+        while True:
+            with self._lock:
+                if self._applying or self._stopping:
+                    return
+                first = self._applied_index + 1
+                if first > self._core.commit_index:
+                    return
+                entries = self._core.entries_to_apply(first, APPLY_BYTES_MAX)
+                if entries is None:
+                    self._apply_due.notify()  # they are on disk, which only raft-applier reads
+                    return
+                self._applying = True
+            self._apply(entries)
 
     # ---- Thread raft-log-writer ----------------------------------------------------------------
 
     def _run_log_writer(self) -> None:
         next_check_s = 0.0
-        while True:
+        while not self._stopping:
             with self._lock:
-                while (ready := self._core.ready()) is None and not self._stopping:
+                ready = self._core.ready()
+                if ready is None:
                     self._ready_due.wait(DISK_CHECK_INTERVAL_S)
-                    if self._clock() >= next_check_s:
-                        break
-                if ready is None and self._stopping:
-                    return
+                    ready = self._core.ready()
             if ready is not None:
                 self._write(ready)
+                self._apply_committed()
             if self._clock() >= next_check_s:
                 next_check_s = self._clock() + DISK_CHECK_INTERVAL_S
                 self._check_disk_space()
-
-    def _write(self, ready: Ready) -> None:
-        if ready.hard_state is not None or ready.entries:
-            self._disk.append(ready.hard_state, ready.entries)
-        with self._lock:
-            effects = self._advance_locked(ready)
-        _run(effects)
 
     def _advance_locked(self, ready: Ready) -> list[Effect]:
         """``ready`` is durable: its messages may go, and blind writes are done."""
@@ -605,18 +667,15 @@ class RaftNode:
             for message in ready.messages
             if (link := self._links.get(message.to)) is not None
         ]
+        effects += self._pump_locked()
         if self.config.async_replication and self._core.role is Role.LEADER:
-            self._finish_blind_locked(self._core.log.stable_index)
-        return effects + self._pump_locked()
+            effects += self._finish_blind_locked(self._core.log.stable_index)
+        return effects
 
-    def _finish_blind_locked(self, stable_index: int) -> None:
-        left = deque[_Waiter]()
-        for waiter in self._waiting:
-            if waiter.blind and waiter.last <= stable_index:
-                waiter.finish()
-            else:
-                left.append(waiter)
-        self._waiting = left
+    def _finish_blind_locked(self, stable_index: int) -> list[Effect]:
+        done = [p for p in self._waiting if p.blind and p.last <= stable_index]
+        self._waiting = deque(p for p in self._waiting if not p.blind or p.last > stable_index)
+        return [pending.finish for pending in done]
 
     def _check_disk_space(self) -> None:
         full = self._disk.bytes_free() < DISK_RESERVE_BYTES
@@ -631,20 +690,19 @@ class RaftNode:
 
     def _run_applier(self) -> None:
         next_upkeep_s = 0.0
-        while True:
+        while not self._stopping:
+            self._apply_committed()
             with self._lock:
-                if self._core.commit_index <= self._applied_index and not self._stopping:
-                    self._apply_due.wait(UPKEEP_INTERVAL_S)
-                if self._stopping:
-                    return
-                first, commit_index = self._applied_index + 1, self._core.commit_index
-                entries = self._core.entries_to_apply(first, APPLY_BYTES_MAX)
+                first = self._applied_index + 1
                 # Further the disk may still hold what was replaced in memory.
-                on_disk = min(commit_index, self._core.log.stable_index)
-            if entries is None:
-                entries = tuple(self._disk.read(first, on_disk, APPLY_BYTES_MAX))
-            if entries:
-                self._apply(entries)
+                last = min(self._core.commit_index, self._core.log.stable_index)
+                on_disk = not self._applying and first <= last
+                if on_disk:
+                    self._applying = True
+                else:
+                    self._apply_due.wait(UPKEEP_INTERVAL_S)
+            if on_disk:
+                self._apply(self._disk.read(first, last, APPLY_BYTES_MAX))
             if self._clock() >= next_upkeep_s:
                 next_upkeep_s = self._clock() + UPKEEP_INTERVAL_S
                 self._do_upkeep()
@@ -661,34 +719,34 @@ class RaftNode:
                     replies.append(None)
         last = entries[-1]
         with self._lock:
+            self._applying = False
             self._applied_index = last.index
             self._core.applied_to(last.index)
-            self._finish_applied_locked(entries, replies)
+            effects = self._finish_applied_locked(entries, replies)
+        _run(effects)
 
-    def _finish_applied_locked(self, entries: Sequence[Entry], replies: list[Reply]) -> None:
-        """Wake those whose entries, or read index, have been applied."""
+    def _finish_applied_locked(
+        self, entries: Sequence[Entry], replies: list[Reply]
+    ) -> list[Effect]:
+        """Those whose entries, or read index, have been applied are done."""
         first, last = entries[0].index, entries[-1].index
         waiting = self._waiting
+        done: list[Effect] = []
         while waiting and waiting[0].first <= last:
-            waiter = waiting[0]
+            pending = waiting[0]
             # What was proposed in one go may be applied in several: its replies gather.
-            begin = waiter.first + len(waiter.replies) - first
-            end = min(waiter.last, last) - first + 1
+            begin = pending.first + len(pending.replies) - first
+            end = min(pending.last, last) - first + 1
             # Leadership was lost and won again: whose entry stands here? (raft-traps T33)
-            assert all(entry.term == waiter.term for entry in entries[begin:end])
-            waiter.replies += replies[begin:end]
-            if waiter.last > last:
+            assert all(entry.term == pending.term for entry in entries[begin:end])
+            pending.replies += replies[begin:end]
+            if pending.last > last:
                 break
             waiting.popleft()
-            waiter.finish()
-        if self._readers_at:
-            still: list[tuple[int, list[_Waiter]]] = []
-            for read_index, readers in self._readers_at:
-                if read_index > last:
-                    still.append((read_index, readers))
-                else:
-                    self._finish_readers_locked(readers)
-            self._readers_at = still
+            done.append(pending.finish)
+        while self._readers_at and self._readers_at[0][0] <= last:
+            done += self._finish_readers_locked(self._readers_at.pop(0)[1])
+        return done
 
     def _do_upkeep(self) -> None:
         """Propose what the store wants done (expiry), and compare states with the others."""
@@ -701,7 +759,7 @@ class RaftNode:
                     if self._core.role is Role.LEADER and not self._disk_full:
                         self._core.propose(payloads)
                         effects = self._pump_locked()
-                _run(effects)
+                self._settle(effects)
         self._audit.run()
 
     # ---- Threads raft-peer-NAME ----------------------------------------------------------------
@@ -730,13 +788,13 @@ class RaftNode:
             self._dead.discard(member_id)
             self._core.link_up(member_id)
             effects = self._pump_locked()
-        _run(effects)
+        self._settle(effects)
 
     def _on_peer_dead(self, member_id: MemberId) -> None:
         with self._lock:
             self._dead.add(member_id)
             effects = self._weigh_death_locked(member_id)
-        _run(effects)
+        self._settle(effects)
 
     def _weigh_death_locked(self, member_id: MemberId) -> list[Effect]:
         """Both must be seen: its connection to us is gone, and its port refuses or is another's."""
@@ -758,30 +816,36 @@ class RaftNode:
             # Answers on its old connection, or before it had one, are lost: ask anew.
             self._core.link_up(hello.sender)
             effects += self._pump_locked()
-        _run(effects)
+        self._settle(effects)
 
     def on_disconnected(self, member_id: MemberId) -> None:
         """A peer's connection to us is gone (of the listener)."""
         with self._lock:
             self._connected.discard(member_id)
             effects = self._weigh_death_locked(member_id)
-        _run(effects)
+        self._settle(effects)
 
-    def on_message(self, message: Message) -> None:
-        """A peer's message (of the listener)."""
-        if isinstance(message, HashReport):
-            self._audit.on_report(message)
-            return
+    def on_messages(self, messages: Sequence[Message]) -> None:
+        """A peer's messages (of the listener): one write and one answer for all of them."""
         with self._lock:
             core = self._core
-            core.step(message)
-            effects: list[Effect] = []
-            # Answers that need nothing written do not wait for the writer's thread to wake.
-            if core.needs_no_write and (ready := core.ready()) is not None:
-                effects = self._advance_locked(ready)
-            else:
-                effects = self._pump_locked()
-        _run(effects)
+            for message in messages:
+                if isinstance(message, HashReport):
+                    continue
+                core.step(message)
+            effects = self._pump_locked()
+            leads = core.role is Role.LEADER
+            if leads and core.has_ready:
+                self._ready_due.notify()
+        if leads:
+            # Its answers from peers must not wait for its own disk.
+            _run(effects)
+            self._apply_committed()
+        else:
+            self._settle(effects)
+        for message in messages:
+            if isinstance(message, HashReport):
+                self._audit.on_report(message)
 
 
 # ---- Parts of RaftNode -------------------------------------------------------------------------
@@ -954,6 +1018,24 @@ def _check_newcomer(membership: Membership, newcomer: Member) -> None:
             raise BadRequestError(
                 f"the address {member.host}:{member.port} is taken by {member.node_id}"
             )
+
+
+def _wait_for(begin: Callable[[Callable[[Pending], None]], None]) -> Pending:
+    """Begin something, sleep until it is done, and return it. Raises its error."""
+    done: list[Pending] = []
+    wakeup = threading.Lock()
+    wakeup.acquire()
+
+    def on_done(pending: Pending) -> None:
+        done.append(pending)
+        wakeup.release()
+
+    begin(on_done)
+    wakeup.acquire()
+    (pending,) = done
+    if pending.error is not None:
+        raise pending.error
+    return pending
 
 
 def _run(effects: Sequence[Effect]) -> None:

@@ -13,7 +13,7 @@ from enum import Enum
 
 # Appends with entries that may wait for their answer at one follower. More would only queue in
 # the follower's socket: the next append carries all that has gathered anyway.
-INFLIGHT_MESSAGES_MAX = 16
+INFLIGHT_MESSAGES_MAX = 4
 INFLIGHT_BYTES_MAX = 8 * 1024 * 1024
 
 

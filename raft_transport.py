@@ -9,9 +9,9 @@ Rule 4: silence is no evidence. A peer is called dead only when its port refuses
 another process answers at it, after a link to it broke. Time-outs are Raft's business.
 
 Threads: ``raft-peer-<node>`` runs a PeerLink (dial, hand-shake, send), ``accept-peers`` and a
-``raft-recv-<node>`` for each connection run a PeerListener. All callbacks come from these threads
-and with none of the locks held that ``post``, ``wake``, ``kick`` and ``send_now`` take; so these
-four may be called with the caller's own lock held (order: caller's lock > the locks here).
+``raft-recv-<node>`` for each connection run a PeerListener. Callbacks come from these threads,
+``source`` also from whoever calls ``post`` or ``push``: with the link's sending lock held, so those
+two must not be called with a lock held that ``source`` takes (order: sending lock > caller's lock).
 
 Read on in ``raft_node.py``, which owns the links and the listener.
 """
@@ -30,7 +30,7 @@ import threading
 import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from operator import attrgetter
@@ -417,19 +417,15 @@ class _Channel:
                 raise _LinkBrokenError(_reason(error)) from error
 
     def try_send(self, frame: bytes) -> bool:
-        """Send it if that takes no waiting; what the socket leaves over goes first in ``send``."""
-        if not self._lock.acquire(blocking=False):
-            return False
-        try:
-            if self._rest:
-                return False
-            sent = self.sock.send(frame)
+        """Send it if that takes no waiting; False: some of it is left, to go first in ``send``."""
+        with self._lock:
+            assert not self._rest
+            try:
+                sent = self.sock.send(frame)
+            except OSError:  # no room; or broken, which ``send`` will find too
+                sent = 0
             self._rest = memoryview(frame)[sent:]
-            return True
-        except OSError:  # no room; or broken, which the link's thread finds out by itself
-            return False
-        finally:
-            self._lock.release()
+            return not self._rest
 
     def has_rest(self) -> bool:
         """Whether part of a frame still waits."""
@@ -478,7 +474,7 @@ class PeerLink:
         handshake_timeout_s: float = 5.0,
         send_timeout_s: float = 5.0,
     ) -> None:
-        """``source(member_id)`` is asked for frames after ``wake``, until it returns None.
+        """``source(member_id)`` is asked for frames by ``push``, until it returns None.
 
         ``address`` is where the peer can dial this server, for its answers.
         ``on_fatal`` gets what a callback raised, just before the thread dies of it.
@@ -499,6 +495,10 @@ class PeerLink:
         # Control messages. When it is full the oldest falls out: Raft bears loss.
         self._queue: deque[Message] = deque(maxlen=QUEUE_MESSAGES_MAX)
         self._channel: _Channel | None = None  # while the link is up
+        # Held by the one thread that takes frames and sends them, so that they leave in order.
+        # Outside of whatever ``source`` takes.
+        self._sending = threading.Lock()
+        self._due = False  # set before trying _sending, cleared by who has it
         self._last_error = ""
         self._kicked = False
         # Guards _closing and _sock, so that ``close`` cuts off the socket that is in use.
@@ -531,30 +531,37 @@ class PeerLink:
         """Why the link is not up; empty while it is, and before the first attempt."""
         return self._last_error
 
-    def wake(self) -> None:
-        """Let the link's thread ask ``source``. Costs next to nothing if it is awake."""
-        if self._channel is not None:
-            self._wakeup.set()
-
     def post(self, message: Message) -> None:
-        """Send this soon; dropped if the link is down."""
+        """Send this now or soon; dropped if the link is down."""
         if self._channel is not None:
             self._queue.append(message)
-            self._wakeup.set()
+            self.push()
 
-    def send_now(self, message: Message) -> bool:
-        """Send this from the calling thread, which spares a change of threads; True if it went.
+    def push(self) -> None:
+        """Send what is posted and what ``source`` has, if the link is up; never waits.
 
-        Never waits: what cannot go at once is posted.
+        Done by the calling thread, which spares a change of threads; what does not go at once is
+        left to the link's own.
         """
-        channel = self._channel
-        if channel is None:
-            return False
-        if self._queue or not channel.try_send(encode_message(self._hello.cluster_id, message)):
-            self.post(message)
-            return False
+        self._due = True
+        while self._due and (channel := self._channel) is not None:
+            # Who holds it looks at _due once more after letting it go.
+            if not self._sending.acquire(blocking=False):
+                return
+            try:
+                self._due = False
+                if not self._try_send_all(channel):
+                    self._wakeup.set()
+                    return
+            finally:
+                self._sending.release()
+
+    def _try_send_all(self, channel: _Channel) -> bool:
         if channel.has_rest():
-            self._wakeup.set()
+            return False
+        while (frame := self._next()) is not None:
+            if not channel.try_send(frame):
+                return False
         return True
 
     def kick(self) -> None:
@@ -696,10 +703,14 @@ class PeerLink:
 
     def _send_all(self, channel: _Channel) -> None:
         self._wakeup.clear()
-        if channel.has_rest():
-            channel.send(b"")
-        while not self._closing and (frame := self._next()) is not None:
-            channel.send(frame)
+        self._due = True
+        while self._due and not self._closing:
+            with self._sending:
+                self._due = False
+                if channel.has_rest():
+                    channel.send(b"")
+                while not self._closing and (frame := self._next()) is not None:
+                    channel.send(frame)
 
     def _next(self) -> bytes | None:
         # Votes and replies are small and urgent: they pass before the next batch of entries.
@@ -738,8 +749,8 @@ class PeerHandler(Protocol):
     def on_disconnected(self, member_id: MemberId) -> None:
         """The last connection of a peer is gone."""
 
-    def on_message(self, message: Message) -> None:
-        """A peer's message."""
+    def on_messages(self, messages: Sequence[Message]) -> None:
+        """What a peer has said since the last time: all that one look at its socket brought."""
 
 
 class _Inbound:
@@ -936,8 +947,12 @@ class PeerListener:
         try:
             while count := _receive_some(inbound.sock, space):
                 decoder.feed(space[:count])
-                for message in decoder.take():
-                    handler.on_message(message)
+                messages: list[Message] = []
+                try:
+                    messages.extend(decoder.take())
+                finally:
+                    if messages:
+                        handler.on_messages(messages)
         except FrameError as error:
             log.warning("peer connection closed node=%s: %s", hello.node_id, error)
 

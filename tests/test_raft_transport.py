@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 
 import pytest
@@ -86,9 +86,9 @@ class Recorder:
     def on_disconnected(self, member_id: str) -> None:
         self.note("disconnected", member_id)
 
-    def on_message(self, message: Message) -> None:
+    def on_messages(self, messages: Sequence[Message]) -> None:
         with self.heard:
-            self.messages.append(message)
+            self.messages += messages
             self.heard.notify_all()
 
     def on_up(self, member_id: str) -> None:
@@ -295,36 +295,58 @@ def test_two_links_exchange_messages_of_every_type_both_ways(peers: Peers) -> No
     assert to_b.last_error == ""
 
 
-def test_link_woken_sends_all_that_its_source_has(peers: Peers, heard: Recorder) -> None:
-    """One wake is enough for all that has accumulated; it is pulled until there is no more."""
+def test_push_sends_all_that_the_source_has_from_the_calling_thread(
+    peers: Peers, heard: Recorder
+) -> None:
+    """What has accumulated is pulled until there is no more, without a change of threads."""
     waiting: list[bytes] = []
+    askers: list[str] = []
 
     def source(member_id: str) -> bytes | None:
         assert member_id == B
+        askers.append(threading.current_thread().name)
         return waiting.pop(0) if waiting else None
 
     link = peers.link(peers.listener(heard).address[1], heard, source=source)
     heard.wait_for_event("up", B)
+    assert wait_until(lambda: len(askers) > 0)
     waiting += [encode_message(CLUSTER, vote(n)) for n in range(50)]
-    link.wake()
+    link.push()
 
     heard.wait_for_messages(*(vote(n) for n in range(50)))
+    assert threading.current_thread().name in askers
 
 
-def test_link_woken_while_it_goes_to_sleep_loses_no_wake(peers: Peers, heard: Recorder) -> None:
+def test_push_while_another_thread_sends_is_not_overlooked(peers: Peers, heard: Recorder) -> None:
     """Whenever it comes: before, in or after the last look at the source."""
     waiting: list[bytes] = []
+    count_each = 200
 
     def source(member_id: str) -> bytes | None:
-        return waiting.pop() if waiting else None
+        try:
+            return waiting.pop()
+        except IndexError:
+            return None
 
     link = peers.link(peers.listener(heard).address[1], heard, source=source)
     heard.wait_for_event("up", B)
 
-    for n in range(500):
+    def push_on() -> None:
+        for n in range(count_each):
+            waiting.append(encode_message(CLUSTER, vote(n)))
+            link.push()
+
+    pushers = [threading.Thread(target=push_on) for _ in range(3)]
+    for pusher in pushers:
+        pusher.start()
+    for pusher in pushers:
+        pusher.join(DEADLINE_S)
+
+    assert heard.wait_for(lambda: len(heard.messages) == 3 * count_each), len(heard.messages)
+    for n in range(100):
         waiting.append(encode_message(CLUSTER, vote(n)))
-        link.wake()
-        assert heard.wait_for(lambda: len(heard.messages) > n), n  # noqa: B023 - called at once
+        link.push()
+        assert heard.wait_for(lambda: len(heard.messages) > 3 * count_each + n)  # noqa: B023
 
 
 def test_link_with_a_full_queue_drops_the_oldest(peers: Peers, heard: Recorder) -> None:
@@ -345,12 +367,11 @@ def test_link_that_is_down_drops_what_is_posted(peers: Peers, heard: Recorder) -
     link = peers.link(listener.address[1], heard, start=False)
 
     link.post(vote(1))
-    assert not link.send_now(vote(2))
     link.start()
     heard.wait_for_event("up", B)
-    link.post(vote(3))
+    link.post(vote(2))
 
-    heard.wait_for_messages(vote(3))
+    heard.wait_for_messages(vote(2))
 
 
 def test_link_that_broke_forgets_what_it_had_not_sent(peers: Peers, heard: Recorder) -> None:
@@ -373,38 +394,66 @@ def test_link_that_broke_forgets_what_it_had_not_sent(peers: Peers, heard: Recor
     assert sock.recv(len(expected), socket.MSG_WAITALL) == expected
 
 
-def test_send_now_on_an_idle_link_sends_at_once_and_behind_a_queue_waits_its_turn(
+def test_post_while_another_thread_sends_does_not_wait_and_keeps_the_order(
     peers: Peers, heard: Recorder
 ) -> None:
-    """The short cut never passes what was posted before."""
+    """Who sends at the time takes it along."""
     held_up = HeldUp()
     link = peers.link(peers.listener(heard).address[1], heard, source=held_up)
     assert held_up.asked.wait(DEADLINE_S)
 
-    assert link.send_now(vote(1))  # although the link's own thread is held up
-    heard.wait_for_messages(vote(1))
+    link.post(vote(1))
     link.post(vote(2))
-    assert not link.send_now(vote(3))
+    link.push()
+    assert heard.messages == []
     held_up.go_on.set()
-    heard.wait_for_messages(vote(1), vote(2), vote(3))
+
+    heard.wait_for_messages(vote(1), vote(2))
 
 
-def test_send_now_into_a_full_socket_leaves_every_frame_whole(
+def test_post_while_a_push_takes_its_last_look_is_sent_by_it(peers: Peers, heard: Recorder) -> None:
+    """The push has passed the queue already and found the source empty: it looks once more."""
+    held_up = HeldUp()
+
+    def source(member_id: str) -> None:
+        if threading.current_thread() is pusher:
+            held_up(member_id)
+
+    def push_until_asked() -> None:
+        while not held_up.asked.is_set():
+            link.push()
+
+    pusher = threading.Thread(target=push_until_asked)
+
+    link = peers.link(peers.listener(heard).address[1], heard, source=source)
+    heard.wait_for_event("up", B)
+    link.post(vote(1))
+    heard.wait_for_messages(vote(1))
+
+    pusher.start()
+    assert held_up.asked.wait(DEADLINE_S)
+    link.post(vote(2))
+    held_up.go_on.set()
+    pusher.join(DEADLINE_S)
+
+    heard.wait_for_messages(vote(1), vote(2))
+
+
+def test_post_into_a_full_socket_does_not_wait_and_leaves_every_frame_whole(
     peers: Peers, heard: Recorder
 ) -> None:
     """A frame that went out in part is finished, by the link's thread, before the next begins."""
-    held_up, fake = HeldUp(), peers.fake()
-    link = peers.link(fake.port, heard, source=held_up)
+    fake = peers.fake()
+    link = peers.link(fake.port, heard)
     sock = fake.welcome()
-    assert held_up.asked.wait(DEADLINE_S)
+    heard.wait_for_event("up", B)
     size = 24 << 20  # more than all buffers on the way hold
     big = AppendEntries(A, B, 1, 0, 0, (Entry(1, 1, EntryKind.COMMAND, bytes(size)),), 0, 0)
     frames = FrameDecoder(CLUSTER, sender=A, to=B)
 
-    assert link.send_now(big)
+    link.post(big)
     frames.feed(sock.recv(1 << 20, socket.MSG_WAITALL))  # there is room again
-    assert not link.send_now(vote(1))
-    held_up.go_on.set()
+    link.post(vote(1))
 
     got: list[Message] = []
     while len(got) < 2:
@@ -413,7 +462,7 @@ def test_send_now_into_a_full_socket_leaves_every_frame_whole(
     assert got == [big, vote(1)]
 
 
-def test_send_now_in_part_needs_no_further_call_to_finish(peers: Peers, heard: Recorder) -> None:
+def test_post_in_part_needs_no_further_call_to_finish(peers: Peers, heard: Recorder) -> None:
     """What the socket leaves over wakes the link's thread."""
     fake = peers.fake()
     link = peers.link(fake.port, heard)
@@ -422,7 +471,7 @@ def test_send_now_in_part_needs_no_further_call_to_finish(peers: Peers, heard: R
     size = 24 << 20
     big = AppendEntries(A, B, 1, 0, 0, (Entry(1, 1, EntryKind.COMMAND, bytes(size)),), 0, 0)
 
-    assert link.send_now(big)
+    link.post(big)
 
     left = len(encode_message(CLUSTER, big))
     while left:
@@ -440,9 +489,8 @@ def test_peer_that_stops_reading_is_cut_and_holds_nobody_up(peers: Peers, heard:
     heard.wait_for_event("up", B)
 
     before_s = time.monotonic()
-    stuck.send_now(vote(1))
-    stuck.post(vote(2))
-    stuck.wake()
+    stuck.post(vote(1))
+    stuck.push()
     other.post(vote(3))
     heard.wait_for_messages(vote(3))
     assert time.monotonic() - before_s < 0.3
@@ -794,7 +842,7 @@ def test_error_in_the_handler_of_a_message_is_fatal(peers: Peers, heard: Recorde
     """Not even an OSError may pass for a broken connection: it can be the disk's (T24)."""
 
     class Broken(Recorder):
-        def on_message(self, message: Message) -> None:
+        def on_messages(self, messages: Sequence[Message]) -> None:
             raise OSError("no space")
 
     handler = Broken()
@@ -866,10 +914,9 @@ def test_closed_link_called_again_does_nothing(peers: Peers, heard: Recorder) ->
     heard.wait_for_event("up", B)
     link.close()
 
-    link.wake()
+    link.push()
     link.kick()
     link.post(vote(1))
-    assert not link.send_now(vote(2))
     link.close()
 
     assert not link.is_up
