@@ -38,7 +38,7 @@ from kv_errors import (
     NotPrimaryError,
     OutOfMemoryError,
 )
-from kv_protocol import Item, RequestParser, encode_line, encode_reply, line_value
+from kv_protocol import Item, RequestParser, encode_line, encode_reply, line_key, line_value
 from kv_store import ExpiredKeysError, KeyValueStore, purge_request
 from kv_types import OK, Reply, SimpleString, Verbatim
 from raft_node import NodeStatus, Pending, RaftNode
@@ -626,6 +626,7 @@ class Session:
                 "voter": m.member.voter,
                 "match_index": m.match_index,
                 "lag": m.lag,
+                "link": m.link,
             }
             for m in status.members
         ]
@@ -766,11 +767,11 @@ def _line_error(name: str, error: KVError) -> Mapping[str, object]:
 
 
 def _line_set(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
-    return {"status": "OK", "key": line_value(argv[1]), "version": version}
+    return {"status": "OK", "key": line_key(argv[1]), "version": version}
 
 
 def _line_get(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
-    key = line_value(argv[1])
+    key = line_key(argv[1])
     if reply is None:
         return {"status": "NOT_FOUND", "key": key}
     assert isinstance(reply, list)
@@ -788,11 +789,11 @@ def _line_exists(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]
 
 def _line_keys(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
     assert isinstance(reply, list)
-    return {"status": "OK", "keys": [line_value(key) for key in reply], "count": len(reply)}
+    return {"status": "OK", "keys": [line_key(key) for key in reply], "count": len(reply)}
 
 
 def _line_cas(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
-    return {"status": "OK", "key": line_value(argv[1]), "version": reply}
+    return {"status": "OK", "key": line_key(argv[1]), "version": reply}
 
 
 def _line_json(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:

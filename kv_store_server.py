@@ -38,7 +38,7 @@ from kv_config import Address, ConfigError, Settings, parse_settings
 from kv_session import VERSION, Service, Session
 from kv_store import KeyValueStore, purge_request
 from raft_node import NodeConfig, NodeRole, RaftNode, found_cluster
-from raft_transport import PeerListener, PeerPortInUseError
+from raft_transport import PeerListener, PeerPortError
 from raft_types import Identity, Member, new_id
 from raft_types import Member as NodeInfo
 from replication_log import DataDirError, ReplicationLog
@@ -312,7 +312,7 @@ class Server:
                 lease_reads=settings.read_mode == "lease",
                 on_fatal=self._die,
             )
-        except (DataDirError, PeerPortInUseError) as error:
+        except (DataDirError, PeerPortError) as error:
             raise StartError(str(error)) from error
         if not identity.cluster_id:
             me = Member(

@@ -27,7 +27,7 @@ import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -43,6 +43,7 @@ from kv_errors import (
     OutcomeUnknownError,
 )
 from kv_types import Reply
+from raft_audit import StateAudit
 from raft_core import (
     EntriesOnDisk,
     MembershipChangeRefusedError,
@@ -51,8 +52,9 @@ from raft_core import (
     RaftCore,
     TooMuchUncommittedError,
 )
+from raft_frames import Hello, encode_message
 from raft_log import RaftLog
-from raft_transport import Hello, PeerLink, PeerListener, encode_message
+from raft_transport import PeerLink, PeerListener
 from raft_types import (
     Entry,
     EntryKind,
@@ -137,6 +139,7 @@ class MemberStatus:
     is_primary: bool
     match_index: int | None
     lag: int | None
+    link: str  # from this node to it: "up", or why not; "" for this node itself
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +251,8 @@ class RaftNode:
         self._seen_membership = Membership()
         self._disk_full = False
         self._lease = _Lease(config, clock)
-        self._audit = _Audit(self)
+        self._audit = StateAudit(identity.member_id)
+        self._next_audit_s = 0.0
         self._threads = [
             threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
             for name, run in (
@@ -414,7 +418,9 @@ class RaftNode:
             membership = self._core.membership
             if membership.get(member.member_id) is not None:
                 return membership
-            _check_newcomer(membership, member)
+            objection = membership.objection_to(member)
+            if objection:
+                raise BadRequestError(objection)
             try:
                 index = self._core.add_learner(member._replace(voter=False))
             except MembershipChangeRefusedError as error:
@@ -466,7 +472,9 @@ class RaftNode:
             progress = core.progress.get(member.member_id)
             match_index = progress.match_index if progress else core.log.stable_index
         lag = None if match_index is None else core.log.last_index - match_index
-        return MemberStatus(member, member.member_id == core.leader_id, match_index, lag)
+        link = self._links.get(member.member_id)
+        state = "" if link is None else "up" if link.is_up else link.last_error or "not tried yet"
+        return MemberStatus(member, member.member_id == core.leader_id, match_index, lag, state)
 
     # ---- Caller holds _lock --------------------------------------------------------------------
 
@@ -662,15 +670,18 @@ class RaftNode:
     def _advance_locked(self, ready: Ready) -> list[Effect]:
         """``ready`` is durable: its messages may go, and blind writes are done."""
         self._core.advance(ready)
-        effects: list[Effect] = [
-            partial(link.post, message)
-            for message in ready.messages
-            if (link := self._links.get(message.to)) is not None
-        ]
+        effects = self._post_locked(ready.messages)
         effects += self._pump_locked()
         if self.config.async_replication and self._core.role is Role.LEADER:
             effects += self._finish_blind_locked(self._core.log.stable_index)
         return effects
+
+    def _post_locked(self, messages: Sequence[Message]) -> list[Effect]:
+        return [
+            partial(link.post, message)
+            for message in messages
+            if (link := self._links.get(message.to)) is not None
+        ]
 
     def _finish_blind_locked(self, stable_index: int) -> list[Effect]:
         done = [p for p in self._waiting if p.blind and p.last <= stable_index]
@@ -760,7 +771,25 @@ class RaftNode:
                         self._core.propose(payloads)
                         effects = self._pump_locked()
                 self._settle(effects)
-        self._audit.run()
+        self._compare_states()
+
+    def _compare_states(self) -> None:
+        """Ask the others for their state hash (as leader), or answer what was asked."""
+        audit = self._audit
+        with self.store_lock:
+            applied_index, state_hash = self.store.applied_index, self.store.state_hash
+            question = audit.question
+            hash_there = self.store.hash_at(question.applied_index) if question else None
+        with self._lock:
+            reports: list[HashReport] = []
+            if self._core.role is not Role.LEADER:
+                if question is audit.question:
+                    reports = audit.answer(applied_index, hash_there)
+            elif self._clock() >= self._next_audit_s:
+                self._next_audit_s = self._clock() + self.config.heartbeat_interval_s
+                reports = audit.ask(self._core.term, self._links, applied_index, state_hash)
+            effects = self._post_locked(reports)
+        _run(effects)
 
     # ---- Threads raft-peer-NAME ----------------------------------------------------------------
 
@@ -829,11 +858,13 @@ class RaftNode:
         """A peer's messages (of the listener): one write and one answer for all of them."""
         with self._lock:
             core = self._core
+            effects: list[Effect] = []
             for message in messages:
                 if isinstance(message, HashReport):
-                    continue
-                core.step(message)
-            effects = self._pump_locked()
+                    effects += self._take_report_locked(message)
+                else:
+                    core.step(message)
+            effects += self._pump_locked()
             leads = core.role is Role.LEADER
             if leads and core.has_ready:
                 self._ready_due.notify()
@@ -843,9 +874,21 @@ class RaftNode:
             self._apply_committed()
         else:
             self._settle(effects)
-        for message in messages:
-            if isinstance(message, HashReport):
-                self._audit.on_report(message)
+
+    def _take_report_locked(self, report: HashReport) -> list[Effect]:
+        core, audit = self._core, self._audit
+        if report.term != core.term:
+            return []
+        was_well = not audit.trouble
+        leads = core.role is Role.LEADER
+        effects = self._post_locked(audit.on_report(report, core.membership, leads=leads))
+        if audit.trouble and was_well:
+            core.step_down()
+            effects.append(partial(log.critical, "%s", audit.trouble))
+        elif report.is_verdict or effects:
+            text = "another node's state differs from the majority's at index=%d"
+            effects.append(partial(log.error, text, report.applied_index))
+        return effects
 
 
 # ---- Parts of RaftNode -------------------------------------------------------------------------
@@ -904,120 +947,6 @@ class _Lease:
             return False
         self._wait_until_s = 0.0
         return True
-
-
-class _Audit:
-    """Compares the nodes' state hashes at equal applied index while they run (promise G6).
-
-    The leader asks all for their hash at an index it has applied; each answers when it gets
-    there. Where a majority agrees and someone differs, the leader tells all, and who differs
-    stops serving: it may be the leader itself. ``run`` is called by raft-applier, ``on_report``
-    by raft-recv-NAME; the fields are guarded by the node's lock.
-    """
-
-    def __init__(self, node: RaftNode) -> None:
-        self._node = node
-        self.trouble = ""  # set once, for good: only a restart rebuilds the state
-        self._question: HashReport | None = None  # of the leader, to be answered
-        self._own = (0, 0)  # (index, hash) that this node last answered or asked with
-        self._answers: dict[MemberId, int] = {}
-        self._next_s = 0.0
-
-    def run(self) -> None:
-        """Ask (as leader) or answer (as follower) what is due."""
-        node = self._node
-        with node.store_lock:
-            now_index, now_hash = node.store.applied_index, node.store.state_hash
-            question = self._question
-            then_hash = node.store.hash_at(question.applied_index) if question else None
-        with node._lock:
-            effects: list[Effect] = []
-            if node._core.role is Role.LEADER:
-                if node._clock() >= self._next_s:
-                    self._next_s = node._clock() + node.config.heartbeat_interval_s
-                    self._own = (now_index, now_hash)
-                    self._answers = {node.identity.member_id: now_hash}
-                    effects = self._tell_locked(node._links, now_index, now_hash)
-            elif question is not None and question.applied_index <= now_index:
-                self._question = None
-                if then_hash is not None:
-                    self._own = (question.applied_index, then_hash)
-                    effects = self._tell_locked([question.sender], *self._own)
-        _run(effects)
-
-    def _tell_locked(
-        self, to: Iterable[MemberId], index: int, state_hash: int, *, is_verdict: bool = False
-    ) -> list[Effect]:
-        node = self._node
-        me, term = node.identity.member_id, node._core.term
-        return [
-            partial(
-                node._links[member_id].post,
-                HashReport(me, member_id, term, index, state_hash, is_verdict),
-            )
-            for member_id in to
-            if member_id in node._links
-        ]
-
-    def on_report(self, report: HashReport) -> None:
-        """A question or verdict of the leader, or a follower's answer."""
-        node = self._node
-        with node._lock:
-            effects: list[Effect] = []
-            if report.term != node._core.term:
-                return
-            if node._core.role is Role.LEADER:
-                effects = self._on_answer_locked(report)
-            elif report.is_verdict:
-                effects = self._judge_locked(report.applied_index, report.state_hash)
-            else:
-                self._question = report
-        _run(effects)
-
-    def _on_answer_locked(self, report: HashReport) -> list[Effect]:
-        node, membership = self._node, self._node._core.membership
-        if report.applied_index != self._own[0]:
-            return []
-        self._answers[report.sender] = report.state_hash
-        values = set(self._answers.values())
-        if len(values) == 1:
-            return []
-        for value in values:
-            if membership.has_quorum(m for m, answer in self._answers.items() if answer == value):
-                told = self._tell_locked(node._links, self._own[0], value, is_verdict=True)
-                return told + self._judge_locked(self._own[0], value)
-        if len(self._answers) < len(membership.voters):
-            return []
-        return self._stop_serving_locked("the nodes' states differ and no majority agrees")
-
-    def _judge_locked(self, index: int, state_hash: int) -> list[Effect]:
-        if self._own[0] != index or self._own[1] == state_hash:
-            text = "another node's state differs from the majority's at index=%d"
-            return [partial(log.error, text, index)]
-        return self._stop_serving_locked(
-            f"this node's state differs from the majority's at index {index}"
-        )
-
-    def _stop_serving_locked(self, why: str) -> list[Effect]:
-        if self.trouble:
-            return []
-        self.trouble = f"{why}: it no longer serves; restart it to rebuild its state from the log"
-        self._node._core.step_down()
-        return [partial(log.critical, self.trouble), *self._node._pump_locked()]
-
-
-def _check_newcomer(membership: Membership, newcomer: Member) -> None:
-    for member in membership.members:
-        if member.node_id == newcomer.node_id:
-            raise BadRequestError(
-                f"the name {newcomer.node_id} is taken by member {member.member_id} at "
-                f"{member.host}:{member.port}; a node that lost its data directory can't come back "
-                "under its old name"
-            )
-        if (member.host, member.port) == (newcomer.host, newcomer.port):
-            raise BadRequestError(
-                f"the address {member.host}:{member.port} is taken by {member.node_id}"
-            )
 
 
 def _wait_for(begin: Callable[[Callable[[Pending], None]], None]) -> Pending:

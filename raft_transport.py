@@ -1,11 +1,10 @@
-"""Peer frames and peer links: how Raft's messages get from one server to another.
+"""Peer links: how Raft's messages get from one server to another.
 
 Rule 1: a link carries messages one way, over the connection that the sender dialled; what the peer
 says comes over the one that it dialled. So no server writes where it might also have to read.
-Rule 2: a link may lose, delay or reorder messages, never change one: every frame has a length
-(checked before anything is allocated), a version, a checksum, the cluster's id, sender and receiver.
-Rule 3: bytes that are not a whole, valid frame close the connection, and nothing else (T13, T68).
-Rule 4: silence is no evidence. A peer is called dead only when its port refuses connections, or
+Rule 2: a link may lose, delay or reorder messages, never change one (``raft_frames.py``); bytes
+that are not a whole, valid frame close the connection, and nothing else (T13, T68).
+Rule 3: silence is no evidence. A peer is called dead only when its port refuses connections, or
 another process answers at it, after a link to it broke. Time-outs are Raft's business.
 
 Threads: ``raft-peer-<node>`` runs a PeerLink (dial, hand-shake, send), ``accept-peers`` and a
@@ -25,37 +24,28 @@ import os
 import random
 import select
 import socket
-import struct
 import threading
 import time
-import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from enum import IntEnum
-from operator import attrgetter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Final, Protocol
 
-from raft_types import (
-    AppendEntries,
-    AppendReply,
-    HashReport,
-    Identity,
-    Member,
-    MemberId,
-    Message,
-    VoteReply,
-    VoteRequest,
-    decode_entries,
-    encode_entries,
+from raft_frames import (
+    PREFIX_BYTES,
+    FrameDecoder,
+    FrameError,
+    Hello,
+    Refused,
+    decode_handshake,
+    encode_handshake,
+    encode_message,
+    handshake_bytes_after,
 )
+from raft_types import Identity, Member, MemberId, Message
 
 log = logging.getLogger(__name__)
 
-FORMAT_VERSION: Final = 1
-FRAME_BYTES_MAX: Final = 80 << 20  # the largest request (64 MiB) and its neighbours in a batch
-HANDSHAKE_BYTES_MAX: Final = 1024  # who has not said its name yet gets no more memory than this
-TEXT_BYTES_MAX: Final = 900  # of a name or a reason in a handshake
 RECEIVE_BYTES: Final = 256 << 10
 QUEUE_MESSAGES_MAX: Final = 256
 UNIDENTIFIED_MAX: Final = 64  # connections that have not said their name yet
@@ -65,232 +55,8 @@ BACKOFF_S_MIN: Final = 0.05
 BACKOFF_S_MAX: Final = 1.0
 
 
-class FrameError(Exception):
-    """The bytes on a peer connection are not a frame for this server; the text says which part."""
-
-
-class PeerPortInUseError(OSError):
-    """Another process listens on the address that is meant for this server's peers."""
-
-
-# ---- Frames: pure ------------------------------------------------------------------------------
-
-
-class FrameType(IntEnum):
-    """What a frame's body is; the number is the byte on the wire."""
-
-    HELLO = 1
-    REFUSED = 2
-    APPEND_ENTRIES = 3
-    APPEND_REPLY = 4
-    VOTE_REQUEST = 5
-    VOTE_REPLY = 6
-    HASH_REPORT = 7
-
-
-@dataclass(frozen=True, slots=True)
-class _Greeting:
-    """What both handshake frames say: who speaks, whom it means, and which process it is."""
-
-    cluster_id: str
-    sender: MemberId
-    to: MemberId
-    boot_id: str  # random for each start of the process
-
-    @property
-    def ids(self) -> tuple[str, MemberId, MemberId]:
-        """As in the header of every frame."""
-        return self.cluster_id, self.sender, self.to
-
-
-@dataclass(frozen=True, slots=True)
-class Hello(_Greeting):
-    """The first frame each way."""
-
-    lease_reads: bool  # --read-mode lease, which only works when all members honour it
-    node_id: str
-    # Where the sender can be dialled, for it may be news to the receiver (a new member knows
-    # nobody); empty in the answer, which goes to someone who has dialled it.
-    host: str = ""
-    peer_port: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Refused(_Greeting):
-    """The answer to a Hello that is not accepted; a person reads the reason."""
-
-    reason: str
-
-
-# A frame: this header, the body, and a CRC32 over both. The length counts what follows it.
-_HEADER = struct.Struct(">IBB8s8s8s")  # length, version, type, cluster id, sender, to
-_LENGTH = struct.Struct(">I")
-_CHECKSUM = struct.Struct(">I")
-_FRAME_BYTES_MIN = _HEADER.size + _CHECKSUM.size
-_IDS = slice(6, _HEADER.size)  # where the three ids stand in a frame
-
-_HELLO = struct.Struct(">8s?HB")  # boot_id, lease_reads, peer_port, length of host; host, node_id
-_REFUSED = struct.Struct(">8s")  # boot_id; reason follows
-_APPEND_ENTRIES = struct.Struct(">QQQQQ")  # all numbers of it; encode_entries() follows
-_append_numbers = attrgetter("term", "prev_index", "prev_term", "commit_index", "round")
-
-
-class _FixedBody:
-    """The body of a message that is all numbers, in the order of its fields after the ids."""
-
-    def __init__(self, frame_type: FrameType, message: type[Message], layout: str) -> None:
-        self.frame_type = frame_type
-        self.message: Callable[..., Message] = message
-        self.struct = struct.Struct(layout)
-        self.values = attrgetter(*(f.name for f in fields(message)[2:]))
-
-
-_FIXED_BODIES = (
-    _FixedBody(FrameType.APPEND_REPLY, AppendReply, ">Q?QQQQQ"),
-    _FixedBody(FrameType.VOTE_REQUEST, VoteRequest, ">QQQ?"),
-    _FixedBody(FrameType.VOTE_REPLY, VoteReply, ">Q??"),
-    _FixedBody(FrameType.HASH_REPORT, HashReport, ">QQQ?"),
-)
-_BODY_BY_CLASS = {body.message: body for body in _FIXED_BODIES}
-_BODY_BY_TYPE = {int(body.frame_type): body for body in _FIXED_BODIES}
-
-
-def _raw(hex_id: str) -> bytes:
-    raw = bytes.fromhex(hex_id)
-    assert len(raw) == 8, f"not an id: {hex_id!r}"
-    return raw
-
-
-def _seal(
-    frame_type: FrameType, ids: tuple[str, MemberId, MemberId], body: bytes, more: bytes = b""
-) -> bytes:
-    """A frame of ``body`` followed by ``more`` (apart, to spare the copy of a big one)."""
-    length = _FRAME_BYTES_MIN - _LENGTH.size + len(body) + len(more)
-    assert length <= FRAME_BYTES_MAX, f"a frame of {length} bytes would be refused"
-    cluster_id, sender, to = ids
-    head = _HEADER.pack(
-        length, FORMAT_VERSION, frame_type, _raw(cluster_id), _raw(sender), _raw(to)
-    )
-    checksum = zlib.crc32(more, zlib.crc32(body, zlib.crc32(head)))
-    return b"".join((head, body, more, _CHECKSUM.pack(checksum)))
-
-
-def encode_message(cluster_id: str, message: Message) -> bytes:
-    """The message as one frame."""
-    ids = (cluster_id, message.sender, message.to)
-    if isinstance(message, AppendEntries):
-        numbers = _APPEND_ENTRIES.pack(*_append_numbers(message))
-        return _seal(FrameType.APPEND_ENTRIES, ids, numbers, encode_entries(message.entries))
-    body = _BODY_BY_CLASS[type(message)]
-    return _seal(body.frame_type, ids, body.struct.pack(*body.values(message)))
-
-
-def _check_length(length: int, bytes_max: int) -> None:
-    if length > bytes_max:
-        raise FrameError(f"a frame claims {length} bytes; at most {bytes_max} are accepted")
-    if length < _FRAME_BYTES_MIN - _LENGTH.size:
-        raise FrameError(f"a frame claims {length} bytes, too few for its header")
-
-
-def _check_frame(frame: bytes, checksum: int) -> int:
-    """The type of a frame, which is whole but for its checksum. Raises FrameError."""
-    version, frame_type = frame[4], frame[5]
-    # First, since a later version may have its checksum elsewhere.
-    if version != FORMAT_VERSION:
-        raise FrameError(f"a frame of format version {version}; this is {FORMAT_VERSION}")
-    if zlib.crc32(frame) != checksum:
-        raise FrameError("a frame's checksum is wrong")
-    return frame_type
-
-
-class FrameDecoder:
-    """Bytes in, messages out, for one connection on which ``sender`` talks to ``to``."""
-
-    def __init__(self, cluster_id: str, *, sender: MemberId, to: MemberId) -> None:
-        self._ids = (cluster_id, sender, to)
-        self._raw_ids = _raw(cluster_id) + _raw(sender) + _raw(to)
-        self._buffer = bytearray()  # starts with a frame's first byte
-
-    def feed(self, data: bytes | memoryview) -> None:
-        """Add what was received, however it was cut."""
-        self._buffer += data
-
-    def take(self) -> Iterator[Message]:
-        """All messages that are complete by now.
-
-        Raises FrameError at the first bad frame, after the messages before it, and ever after.
-        """
-        buffer = self._buffer
-        while len(buffer) >= _LENGTH.size:
-            (length,) = _LENGTH.unpack_from(buffer)
-            _check_length(length, FRAME_BYTES_MAX)
-            end = _LENGTH.size + length - _CHECKSUM.size
-            if len(buffer) < end + _CHECKSUM.size:
-                return
-            (checksum,) = _CHECKSUM.unpack_from(buffer, end)
-            with memoryview(buffer) as view:
-                frame = bytes(view[:end])
-            message = self._decode(frame, _check_frame(frame, checksum))
-            del buffer[: end + _CHECKSUM.size]
-            yield message
-
-    def _decode(self, frame: bytes, frame_type: int) -> Message:
-        if frame[_IDS] != self._raw_ids:
-            raise FrameError(self._wrong_id(frame))
-        _, sender, to = self._ids
-        try:
-            if frame_type == FrameType.APPEND_ENTRIES:
-                term, index, index_term, *more = _APPEND_ENTRIES.unpack_from(frame, _HEADER.size)
-                entries = tuple(decode_entries(frame, _HEADER.size + _APPEND_ENTRIES.size))
-                return AppendEntries(sender, to, term, index, index_term, entries, *more)
-            if body := _BODY_BY_TYPE.get(frame_type):
-                return body.message(sender, to, *body.struct.unpack(frame[_HEADER.size :]))
-        except (struct.error, ValueError) as error:
-            raise FrameError(f"a frame's body is wrong: {error}") from error
-        raise FrameError(f"a frame of the unknown type {frame_type}")
-
-    def _wrong_id(self, frame: bytes) -> str:
-        found = (raw.hex() for raw in _HEADER.unpack_from(frame)[3:])
-        pairs = zip(("cluster", "sender", "receiver"), found, self._ids, strict=True)
-        wrong = [f"{what} {is_}, not {should}" for what, is_, should in pairs if is_ != should]
-        return f"a frame of {' and '.join(wrong)}"
-
-
-def encode_handshake(message: Hello | Refused) -> bytes:
-    """The Hello or Refused as one frame of at most HANDSHAKE_BYTES_MAX."""
-    boot_id = _raw(message.boot_id)
-    if isinstance(message, Hello):
-        host = message.host.encode()[:255]  # a DNS name is no longer
-        body = _HELLO.pack(boot_id, message.lease_reads, message.peer_port, len(host))
-        name = message.node_id.encode()[: TEXT_BYTES_MAX - len(host)]
-        return _seal(FrameType.HELLO, message.ids, body, host + name)
-    reason = message.reason.encode()[:TEXT_BYTES_MAX]
-    return _seal(FrameType.REFUSED, message.ids, _REFUSED.pack(boot_id), reason)
-
-
-def decode_handshake(data: bytes) -> Hello | Refused:
-    """The inverse of ``encode_handshake``; whether the ids fit is for the caller to see."""
-    frame = data[: -_CHECKSUM.size]
-    frame_type = _check_frame(frame, *_CHECKSUM.unpack(data[-_CHECKSUM.size :]))
-    cluster_id, sender, to = (raw.hex() for raw in _HEADER.unpack_from(frame)[3:])
-    try:
-        if frame_type == FrameType.HELLO:
-            boot_id, lease_reads, port, length = _HELLO.unpack_from(frame, _HEADER.size)
-            text = frame[_HEADER.size + _HELLO.size :]
-            host, name = _printable(text[:length]), _printable(text[length:])
-            return Hello(cluster_id, sender, to, boot_id.hex(), lease_reads, name, host, port)
-        if frame_type == FrameType.REFUSED:
-            (boot_id,) = _REFUSED.unpack_from(frame, _HEADER.size)
-            reason = _printable(frame[_HEADER.size + _REFUSED.size :])
-            return Refused(cluster_id, sender, to, boot_id.hex(), reason)
-    except struct.error as error:
-        raise FrameError(f"a frame's body is wrong: {error}") from error
-    raise FrameError(f"a frame of type {frame_type} instead of a handshake")
-
-
-def _printable(text: bytes) -> str:
-    """Text from a stranger, made fit for a log line and a thread's name."""
-    return "".join(c if c.isprintable() else "?" for c in text.decode(errors="replace"))
+class PeerPortError(Exception):
+    """The address that is meant for this server's peers can't be listened on."""
 
 
 # ---- Sockets -----------------------------------------------------------------------------------
@@ -299,10 +65,9 @@ def _printable(text: bytes) -> str:
 def _receive_handshake(sock: socket.socket, timeout_s: float) -> Hello | Refused:
     """The first frame on a connection. Raises FrameError, or OSError (also when it is late)."""
     deadline_s = time.monotonic() + timeout_s
-    prefix = _receive_exactly(sock, _LENGTH.size, deadline_s)
-    (length,) = _LENGTH.unpack(prefix)
-    _check_length(length, HANDSHAKE_BYTES_MAX - _LENGTH.size)
-    return decode_handshake(prefix + _receive_exactly(sock, length, deadline_s))
+    prefix = _receive_exactly(sock, PREFIX_BYTES, deadline_s)
+    rest_bytes = handshake_bytes_after(prefix)
+    return decode_handshake(prefix + _receive_exactly(sock, rest_bytes, deadline_s))
 
 
 def _receive_exactly(sock: socket.socket, count: int, deadline_s: float) -> bytes:
@@ -753,13 +518,13 @@ class PeerHandler(Protocol):
         """What a peer has said since the last time: all that one look at its socket brought."""
 
 
+@dataclass(eq=False, slots=True)
 class _Inbound:
     """A connection that a peer, or anybody, has dialled."""
 
-    def __init__(self, sock: socket.socket, host: str) -> None:
-        self.sock = sock
-        self.host = host
-        self.thread: threading.Thread | None = None
+    sock: socket.socket
+    host: str
+    thread: threading.Thread | None = None
 
 
 class PeerListener:
@@ -775,10 +540,10 @@ class PeerListener:
         on_fatal: Callable[[BaseException], None],
         handshake_timeout_s: float = 5.0,
     ) -> None:
-        """Binds the address: raises PeerPortInUseError, or OSError, with a text for a person.
+        """Binds the address, so that a port in use is known at once: raises PeerPortError.
 
-        So a port that is taken is known before anything else is begun. Peers that dial now wait
-        for ``start``. ``on_fatal`` gets what the handler raised, just before the thread dies of it.
+        Peers that dial now wait for ``start``. ``on_fatal`` gets what the handler raised, just
+        before the thread dies of it.
         """
         self._listening = _bind(host, port)
         self._boot_id = boot_id
@@ -985,11 +750,10 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         listening = socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            text = "is in use: stop the process that listens there, or choose another --peer-port"
-            raise PeerPortInUseError(error.errno, f"the peer port {host}:{port} {text}") from error
-        text = f"cannot listen for peers on {host}:{port} ({error.strerror})"
-        raise OSError(error.errno, f"{text}: check --host and --peer-port") from error
+        text = f"can't listen for peers on {host}:{port}: {error.strerror}"
+        raise PeerPortError(
+            f"{text}; stop what uses the port, or see --peer-port, --host"
+        ) from error
     listening.setblocking(False)
     return listening
 

@@ -118,6 +118,19 @@ class Membership:
         reached = sorted((match.get(v, 0) for v in self.voters), reverse=True)
         return reached[self.quorum - 1] if reached else 0
 
+    def objection_to(self, newcomer: Member) -> str:
+        """Why a new member can't be added, for a person; "" if it can."""
+        for member in self.members:
+            if member.node_id == newcomer.node_id:
+                return (
+                    f"the name {newcomer.node_id} is taken by member {member.member_id} at "
+                    f"{member.host}:{member.port}; a node that lost its data directory can't come "
+                    "back under its old name"
+                )
+            if (member.host, member.port) == (newcomer.host, newcomer.port):
+                return f"the address {member.host}:{member.port} is taken by {member.node_id}"
+        return ""
+
     def with_member(self, member: Member) -> Membership:
         """This membership with ``member`` added, or put in place of the one with the same id."""
         others = tuple(m for m in self.members if m.member_id != member.member_id)

@@ -27,7 +27,8 @@ from typing import ClassVar, Final
 from cluster_manager import ClusterManager
 from kv_client import JSONValue
 from kv_errors import KVError, MismatchError, NotPrimaryError, OutcomeUnknownError
-from raft_transport import Hello, PeerLink, PeerListener
+from raft_frames import Hello
+from raft_transport import PeerLink, PeerListener
 from raft_types import (
     Entry,
     EntryKind,

@@ -22,10 +22,19 @@ ROOT = Path(__file__).resolve().parent.parent
 # An import points to a lower layer. docs/adr/0001 says why the folder is flat all the same.
 LAYERS = {
     1: ("kv_errors", "kv_types", "raft_types"),
-    2: ("kv_protocol", "kv_commands", "kv_config", "kv_security", "kv_metrics", "raft_log"),
+    2: (
+        "kv_protocol",
+        "kv_commands",
+        "kv_config",
+        "kv_security",
+        "kv_metrics",
+        "raft_frames",
+        "raft_log",
+    ),
     3: (
         "kv_store",
         "kv_client",
+        "raft_audit",
         "raft_core",
         "raft_progress",
         "raft_transport",
@@ -50,7 +59,9 @@ SERVER_MODULES = {
     "kv_session",
     "kv_store",
     "kv_store_server",
+    "raft_audit",
     "raft_core",
+    "raft_frames",
     "raft_log",
     "raft_node",
     "raft_progress",
@@ -67,8 +78,10 @@ PURE = (
     "raft_types",
     "kv_protocol",
     "kv_commands",
+    "raft_frames",
     "raft_log",
     "kv_store",
+    "raft_audit",
     "raft_core",
     "raft_progress",
 )

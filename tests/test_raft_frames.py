@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from raft_transport import (
+from raft_frames import (
     FRAME_BYTES_MAX,
     HANDSHAKE_BYTES_MAX,
     FrameDecoder,
