@@ -1,0 +1,888 @@
+"""The driver: real threads, sockets and disks around the core, three nodes in one process.
+
+A node dies by ``stop`` (its ports refuse, which is evidence) and is cut off by a ``Network`` that
+swallows its messages (its links stay up and silent, which is none).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+import raft_node
+from kv_commands import encode_payload
+from kv_errors import (
+    BadRequestError,
+    KVError,
+    NoPrimaryError,
+    NoSpaceError,
+    NotPrimaryError,
+    OutcomeUnknownError,
+)
+from kv_store import KeyValueStore
+from kv_types import Reply
+from raft_log import RaftLog
+from raft_node import NodeConfig, NodeRole, NodeStatus, RaftNode
+from raft_transport import PeerHandler, PeerListener
+from raft_types import (
+    Entry,
+    EntryKind,
+    HardState,
+    Identity,
+    Member,
+    MemberId,
+    Membership,
+    Message,
+    new_id,
+)
+from replication_log import ReplicationLog
+
+pytestmark = pytest.mark.slow
+
+T = TypeVar("T")
+
+PATIENCE_S = 20.0
+# Three missed heartbeats and more, so that a busy machine causes no election by itself.
+QUICK = NodeConfig(0.2, 0.8, 1.2)
+# Nothing but evidence of death can cause an election within the patience of a test.
+NEVER = NodeConfig(2.0, 60.0, 90.0)
+# How much later than its due time a busy machine may do something.
+SLACK_S = 1.0
+
+
+def eventually(condition: Callable[[], T | None], what: str, within_s: float = PATIENCE_S) -> T:
+    """The first true value of ``condition``."""
+    deadline = time.monotonic() + within_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
+        time.sleep(0.005)
+    return value
+
+
+def command(*argv: str, now_ms: int = 1) -> bytes:
+    """The payload of a command's log entry."""
+    return encode_payload(now_ms, [word.encode() for word in argv])
+
+
+class Network:
+    """Which messages arrive. Connections stay up whatever is cut."""
+
+    def __init__(self) -> None:
+        self.cut_off: set[MemberId] = set()
+
+
+class Valve:
+    """Stands before a node and swallows what the network does not let through."""
+
+    def __init__(self, handler: PeerHandler, network: Network) -> None:
+        self._handler = handler
+        self._network = network
+        self.on_connected = handler.on_connected
+        self.on_disconnected = handler.on_disconnected
+
+    @property
+    def identity(self) -> Identity:
+        return self._handler.identity
+
+    def on_messages(self, messages: Sequence[Message]) -> None:
+        cut_off = self._network.cut_off
+        passing = [m for m in messages if m.sender not in cut_off and m.to not in cut_off]
+        if passing:
+            self._handler.on_messages(passing)
+
+
+class ValveListener(PeerListener):
+    """A listener whose node hears only what the network lets through."""
+
+    def __init__(self, network: Network, port: int, boot_id: str, *, lease_reads: bool) -> None:
+        super().__init__(
+            "127.0.0.1", port, boot_id=boot_id, lease_reads=lease_reads, on_fatal=_no_fatal
+        )
+        self._network = network
+
+    def start(self, handler: PeerHandler) -> None:
+        super().start(Valve(handler, self._network))
+
+
+def _no_fatal(error: BaseException) -> None:
+    raise AssertionError("a thread of the listener died") from error
+
+
+class SuspectStore(KeyValueStore):
+    """Once ``is_wrong``, it no longer does what the log says, as if its memory were broken."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_wrong = False
+        self.failure: Exception | None = None
+
+    def apply(self, index: int, data: bytes) -> Reply:
+        if self.failure is not None:
+            raise self.failure
+        return super().apply(index, command("SET", "k", "wrong") if self.is_wrong else data)
+
+
+class Server:
+    """One node with its parts; what ``kv_store_server.Server`` wires, without the clients."""
+
+    def __init__(self, trio: Trio, member: Member, config: NodeConfig) -> None:
+        self.member = member
+        self.trio = trio
+        self.config = config
+        self.fatal: list[BaseException] = []
+        self.step_downs = 0
+        self.upkeep: list[bytes] = []
+        self.is_up = False
+
+    def start(self) -> RaftNode:
+        """Start it, from its disk if it ran before."""
+        self.boot_id = new_id()
+        self.store = SuspectStore()
+        self.disk = ReplicationLog(self.trio.directory / self.member.node_id)
+        identity = Identity(self.trio.cluster_id, self.member.member_id, self.member.node_id)
+        if self.disk.identity is None:
+            self.disk.save_identity(identity)
+        self.node = RaftNode(
+            self.config,
+            identity,
+            self.disk,
+            self.store,
+            ValveListener(
+                self.trio.network,
+                self.member.peer_port,
+                self.boot_id,
+                lease_reads=self.config.lease_reads,
+            ),
+            address=(self.member.host, self.member.peer_port),
+            boot_id=self.boot_id,
+            on_step_down=self._on_step_down,
+            on_fatal=self.fatal.append,
+            upkeep=self._upkeep,
+        )
+        self.node.start()
+        self.is_up = True
+        return self.node
+
+    def stop(self) -> None:
+        """End it; to its peers its process has died."""
+        if self.is_up:
+            self.is_up = False
+            self.node.stop()
+            self.disk.close()
+
+    def _on_step_down(self) -> None:
+        self.step_downs += 1
+
+    def _upkeep(self) -> Sequence[bytes]:
+        due, self.upkeep = self.upkeep, []
+        return due
+
+    @property
+    def status(self) -> NodeStatus:
+        return self.node.status()
+
+    def set(self, key: str, value: str) -> int:
+        """Write through this node; the index."""
+        done = self.node.propose([command("SET", key, value)])
+        assert done.replies == ["OK"]
+        return done.first
+
+    def get(self, key: str) -> Reply:
+        """Read through this node."""
+        self.node.read_barrier()
+        return self.holds(key)
+
+    def holds(self, key: str) -> Reply:
+        """What its store holds, as it stands."""
+        with self.node.store_lock:
+            return self.store.read([b"GET", key.encode()], now_ms=1)
+
+
+class Trio:
+    """Voters in one process, with a cluster of their own."""
+
+    def __init__(self, directory: Path, config: NodeConfig, count: int = 3) -> None:
+        self.directory = directory
+        self.network = Network()
+        self.cluster_id = new_id()
+        members = [self.place(f"n{number}", voter=True) for number in range(1, count + 1)]
+        founding = Entry(1, 1, EntryKind.MEMBERSHIP, Membership(tuple(members)).encode())
+        for member in members:
+            disk = ReplicationLog(directory / member.node_id)
+            disk.save_identity(Identity(self.cluster_id, member.member_id, member.node_id))
+            disk.append(HardState(1, None), [founding])
+            disk.close()
+        self.servers = [Server(self, member, config) for member in members]
+
+    def place(self, node_id: str, *, voter: bool = False) -> Member:
+        """A member on a free port."""
+        listener = PeerListener(
+            "127.0.0.1", 0, boot_id=new_id(), lease_reads=False, on_fatal=_no_fatal
+        )
+        peer_port = listener.address[1]
+        listener.close()
+        return Member(new_id(), node_id, "127.0.0.1", peer_port - 1000, peer_port, voter)
+
+    def start(self) -> Trio:
+        for server in self.servers:
+            server.start()
+        return self
+
+    def stop(self) -> None:
+        for server in self.servers:
+            server.stop()
+
+    def leader(self, among: Sequence[Server] = (), within_s: float = PATIENCE_S) -> Server:
+        """The one that leads and has committed in its term."""
+
+        def leads() -> Server | None:
+            for server in among or self.servers:
+                if server.is_up and server.node.is_primary:
+                    try:
+                        server.node.read_barrier()
+                    except KVError:
+                        continue
+                    return server
+            return None
+
+        return eventually(leads, "one leads", within_s)
+
+    def others(self, server: Server) -> list[Server]:
+        return [other for other in self.servers if other is not server]
+
+    def isolate(self, server: Server) -> float:
+        """Cut it off, silently; the time of that."""
+        self.network.cut_off.add(server.member.member_id)
+        return time.monotonic()
+
+    def heal(self) -> None:
+        self.network.cut_off.clear()
+
+    def await_applied(self, index: int, servers: Sequence[Server] = ()) -> None:
+        """Wait until these (default: all that run) have applied ``index``."""
+        for server in servers or self.servers:
+            if server.is_up:
+                eventually(
+                    functools.partial(_has_applied, server, index),
+                    f"{server.member.node_id} has applied {index}",
+                )
+
+
+def _has_applied(server: Server, index: int) -> bool:
+    return server.status.applied_index >= index
+
+
+@pytest.fixture
+def make_trio(tmp_path: Path) -> Iterator[Callable[..., Trio]]:
+    """Makes nodes that are stopped in the end, and whose threads must not have died."""
+    made: list[Trio] = []
+
+    def make(config: NodeConfig = QUICK, count: int = 3) -> Trio:
+        made.append(Trio(tmp_path, config, count))
+        return made[-1].start()
+
+    yield make
+
+    for trio in made:
+        trio.stop()
+        for server in trio.servers:
+            assert not server.fatal, server.fatal
+
+
+@pytest.fixture(scope="module")
+def shared_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
+    """For tests that leave the cluster as they found it."""
+    trio = Trio(tmp_path_factory.mktemp("trio"), QUICK).start()
+    yield trio
+    trio.stop()
+    for server in trio.servers:
+        assert not server.fatal, server.fatal
+
+
+def in_thread(call: Callable[[], T]) -> Future[T]:
+    """Call it on a thread of its own."""
+    with_result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            with_result.set_result(call())
+        except KVError as error:
+            with_result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return with_result
+
+
+# ---- Writes and reads --------------------------------------------------------------------------
+
+
+def test_propose_when_a_majority_runs_then_it_replies_and_all_nodes_apply(
+    shared_trio: Trio,
+) -> None:
+    """Promise G6: equal applied index means equal state."""
+    leader = shared_trio.leader()
+
+    index = leader.set("a", "1")
+
+    shared_trio.await_applied(index)
+    assert [server.holds("a") for server in shared_trio.servers] == [b"1"] * 3
+    assert len({server.status.state_hash for server in shared_trio.servers}) == 1
+
+
+def test_propose_when_given_several_commands_then_replies_stand_in_their_order(
+    shared_trio: Trio,
+) -> None:
+    """A batch has one run of indexes; an error of one command is its reply, and stops no other."""
+    leader = shared_trio.leader()
+
+    done = leader.node.propose(
+        [command("SET", "n", "5"), command("INCRBY", "n", "2"), command("APPEND", "n", "x")]
+    )
+    after = leader.node.propose([command("INCR", "n"), command("DEL", "n")])
+
+    assert done.replies == ["OK", 7, 2]
+    assert done.last == done.first + 2
+    assert after.first > done.last
+    not_a_number, deleted = after.replies
+    assert isinstance(not_a_number, BadRequestError)
+    assert deleted == 1
+
+
+def test_propose_when_many_threads_write_then_each_gets_its_own_reply(shared_trio: Trio) -> None:
+    """Replies are matched by log index, however writes were batched."""
+    leader = shared_trio.leader()
+    leader.node.propose([command("DEL", "count")])
+
+    with ThreadPoolExecutor(16) as pool:
+        futures = [pool.submit(leader.node.propose, [command("INCR", "count")]) for _ in range(320)]
+    done = sorted((future.result() for future in futures), key=lambda one: one.first)
+
+    assert [one.replies for one in done] == [[n] for n in range(1, 321)]
+
+
+def test_propose_when_the_node_is_a_secondary_then_it_names_the_primary(shared_trio: Trio) -> None:
+    """Nothing was proposed, so the error is definite and says where to go."""
+    leader = shared_trio.leader()
+    for follower in shared_trio.others(leader):
+        with pytest.raises(NotPrimaryError) as refused:
+            follower.node.propose([command("SET", "k", "v")])
+        with pytest.raises(NotPrimaryError):
+            follower.node.read_barrier()
+
+        told = refused.value
+        assert (told.node_id, told.port) == (leader.member.node_id, leader.member.port)
+
+
+def test_propose_when_no_primary_is_known_then_it_is_refused(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """Definite as well: no primary, no proposal."""
+    trio = make_trio(NEVER)
+
+    for server in trio.servers:
+        with pytest.raises(NoPrimaryError):
+            server.node.propose([command("SET", "k", "v")])
+        with pytest.raises(NoPrimaryError):
+            server.node.read_barrier()
+        assert server.node.wait_for_primary(0.02) is None
+        assert server.status.role is NodeRole.SECONDARY
+
+
+def test_read_barrier_when_it_returns_then_every_acknowledged_write_is_seen(
+    shared_trio: Trio,
+) -> None:
+    """Thesis 6.4: the read index is at least the commit index when the read arrived."""
+    leader = shared_trio.leader()
+
+    def write_and_read(number: int) -> None:
+        for i in range(50):
+            leader.set(f"own{number}", str(i))
+            assert leader.get(f"own{number}") == str(i).encode()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_and_read, range(4)))
+
+
+def test_upkeep_when_the_leaders_store_wants_something_then_it_is_replicated(
+    shared_trio: Trio,
+) -> None:
+    """Expiry goes through the log: only the primary proposes it (raft-traps on TTLs)."""
+    leader = shared_trio.leader()
+    index = leader.set("old", "1")
+    shared_trio.await_applied(index)
+    for server in shared_trio.servers:
+        server.upkeep = [command("DEL", "old")]
+
+    eventually(lambda: not leader.upkeep, "the leader was asked")
+
+    shared_trio.await_applied(index + 1)
+    assert [server.holds("old") for server in shared_trio.servers] == [None] * 3
+    for follower in shared_trio.others(leader):
+        assert follower.upkeep, "a secondary proposes nothing"
+        follower.upkeep = []
+
+
+def test_status_when_the_cluster_is_level_then_the_leader_sees_no_lag(shared_trio: Trio) -> None:
+    """Match index and lag are known where the node leads, and only there."""
+    leader = shared_trio.leader()
+    leader.set("level", "1")
+
+    def is_level() -> bool:
+        return all(m.lag == 0 for m in leader.status.members)
+
+    eventually(is_level, "all have what the leader has")
+    status = leader.status
+    assert (status.role, status.voters, status.failures_tolerated) == (NodeRole.PRIMARY, 3, 1)
+    assert [m.is_primary for m in status.members].count(True) == 1
+    for follower in shared_trio.others(leader):
+        assert all(m.lag is None and m.match_index is None for m in follower.status.members)
+
+
+# ---- A leader that is cut off ------------------------------------------------------------------
+
+
+def test_propose_when_the_leader_is_cut_off_then_the_outcome_is_unknown(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """Promise G4: what was proposed never gets a definite error; here it is rolled back."""
+    trio = make_trio()
+    old = trio.leader()
+    began_s = trio.isolate(old)
+
+    with pytest.raises(OutcomeUnknownError):
+        old.set("lost", "1")
+
+    assert time.monotonic() - began_s < QUICK.election_timeout_max_s + SLACK_S
+    assert old.step_downs == 1
+    new = trio.leader(among=trio.others(old))
+    index = new.set("kept", "1")
+    trio.heal()
+    trio.await_applied(index)
+    assert old.holds("lost") is None
+    assert old.holds("kept") == b"1"
+
+
+def test_read_barrier_when_the_leader_is_cut_off_then_the_error_is_definite(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """A read that was not answered did nothing, whatever happened."""
+    trio = make_trio()
+    old = trio.leader()
+    trio.isolate(old)
+
+    reads = [in_thread(old.node.read_barrier) for _ in range(5)]
+
+    for read in reads:
+        error = read.exception(timeout=PATIENCE_S)
+        assert isinstance(error, NoPrimaryError | NotPrimaryError)
+
+
+def test_leader_when_cut_off_then_it_stops_answering_within_an_election_timeout(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """Check-quorum (thesis 6.2), promise G3; and from the cut on no read passes (6.4)."""
+    trio = make_trio()
+    old = trio.leader()
+    began_s = trio.isolate(old)
+
+    with pytest.raises((NoPrimaryError, NotPrimaryError)):
+        old.node.read_barrier()
+    eventually(lambda: not old.node.is_primary, "it steps down")
+
+    assert time.monotonic() - began_s < QUICK.election_timeout_max_s + SLACK_S
+    with pytest.raises(NoPrimaryError):
+        old.node.propose([command("SET", "k", "v")])
+
+
+def test_silent_links_when_nobody_died_then_the_election_waits_for_the_timeout(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """Silence is no evidence of death: a hang or a partition takes the election timeout."""
+    trio = make_trio()
+    old = trio.leader()
+    began_s = trio.isolate(old)
+
+    new = trio.leader(among=trio.others(old))
+
+    elapsed_s = time.monotonic() - began_s
+    # The timeout runs from the last heartbeat, at most one interval before the cut.
+    assert elapsed_s > QUICK.election_timeout_min_s - QUICK.heartbeat_interval_s
+    trio.heal()
+    trio.await_applied(new.set("k", "v"))
+    assert new.node.is_primary, "the one that returns disturbs nobody (pre-vote, thesis 9.6)"
+
+
+def test_follower_when_cut_off_and_back_then_the_term_stays(make_trio: Callable[..., Trio]) -> None:
+    """Pre-vote (thesis 9.6): who could not win an election does not start one."""
+    trio = make_trio()
+    leader = trio.leader()
+    term = leader.status.term
+    follower = trio.others(leader)[0]
+    trio.isolate(follower)
+    eventually(lambda: follower.status.role is NodeRole.CANDIDATE, "it misses the leader")
+
+    trio.heal()
+    trio.await_applied(leader.set("k", "v"))
+
+    assert leader.status.term == term
+    assert leader.node.is_primary
+
+
+# ---- Death -------------------------------------------------------------------------------------
+
+
+def test_dead_leader_when_its_ports_refuse_then_a_new_one_leads_long_before_the_timeout(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """Promise G7: within a second of the process' death, with any timers."""
+    trio = make_trio(NodeConfig(0.5, 4.0, 5.0))
+    old = trio.leader()
+    index = old.set("k", "v")
+    trio.await_applied(index)
+
+    began_s = time.monotonic()
+    old.stop()
+    new = trio.leader(among=trio.others(old))
+
+    assert time.monotonic() - began_s < 1.0 + SLACK_S
+    assert new.get("k") == b"v"
+
+
+def test_restart_when_all_nodes_stopped_then_the_log_rebuilds_the_same_state(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """Promise G1: the log is the state; a restart applies it again."""
+    trio = make_trio()
+    leader = trio.leader()
+    for i in range(20):
+        index = leader.set(f"k{i}", str(i))
+    trio.await_applied(index)
+    state_hash = leader.status.state_hash
+    trio.stop()
+
+    trio.start()
+
+    leader = trio.leader()
+    trio.await_applied(index)
+    assert {server.status.state_hash for server in trio.servers} == {state_hash}
+    assert leader.get("k19") == b"19"
+
+
+@pytest.mark.parametrize("during", ["apply", "append", "upkeep"])
+def test_thread_that_dies_then_takes_the_process_with_it(tmp_path: Path, during: str) -> None:
+    """Rule 3: better no node than one that lacks a thread (raft-traps T24), or a disk (T17)."""
+    trio = Trio(tmp_path, QUICK, count=1).start()
+    server = trio.leader()
+    failure = OSError("broken on purpose")
+
+    def fail(*args: object) -> Sequence[bytes]:
+        raise failure
+
+    with pytest.MonkeyPatch.context() as patch:
+        if during == "apply":
+            server.store.failure = failure
+        elif during == "append":
+            patch.setattr(server.disk, "append", fail)
+        else:
+            patch.setattr(server.node, "_upkeep", fail)
+        threading.Thread(target=lambda: _try_to_set(server), daemon=True).start()
+
+        eventually(lambda: server.fatal, "the process is told to end")
+        assert failure in server.fatal
+    trio.stop()
+
+
+def _try_to_set(server: Server) -> None:
+    with contextlib.suppress(KVError, OSError):
+        server.set("k", "v")
+
+
+def test_stop_when_a_write_waits_then_its_outcome_is_unknown(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """The writer is told, rather than left waiting for a node that has ended."""
+    trio = make_trio()
+    leader = trio.leader()
+    trio.isolate(leader)
+    write = in_thread(lambda: leader.set("k", "v"))
+    last = leader.status.last_index
+    eventually(lambda: leader.status.last_index > last or write.done(), "it is proposed")
+
+    leader.stop()
+
+    assert isinstance(write.exception(timeout=PATIENCE_S), OutcomeUnknownError)
+
+
+def test_stop_then_no_thread_of_the_node_is_left(tmp_path: Path) -> None:
+    """A process that stops in good order has nothing that still writes to the disk."""
+    before = set(threading.enumerate())
+    trio = Trio(tmp_path, QUICK).start()
+    trio.leader().set("k", "v")
+
+    trio.stop()
+
+    def gone() -> bool:
+        return not {t for t in threading.enumerate() if t.name.startswith("raft-")} - before
+
+    eventually(gone, "every thread has ended", within_s=3.0)
+
+
+# ---- The audit of states (promise G6) ----------------------------------------------------------
+
+
+def test_audit_when_a_secondarys_state_differs_then_it_stops_serving_and_says_so(
+    make_trio: Callable[..., Trio], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The majority's state counts; who differs must not become primary with it."""
+    trio = make_trio()
+    leader = trio.leader()
+    wrong = trio.others(leader)[0]
+    wrong.store.is_wrong = True
+
+    with caplog.at_level(logging.ERROR):
+        leader.set("k", "right")
+        eventually(lambda: wrong.status.trouble, "the difference is found")
+
+    assert "differs from the majority's" in wrong.status.trouble
+    assert "differs from the majority's" in caplog.text
+    with pytest.raises(NoPrimaryError, match="restart it"):
+        wrong.node.propose([command("SET", "k", "v")])
+    assert leader.get("k") == b"right"
+    assert not leader.status.trouble
+
+
+def test_audit_when_the_primarys_state_differs_then_another_leads(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """It is told by the majority like any other, and does not come back as primary."""
+    trio = make_trio()
+    wrong = trio.leader()
+    wrong.store.is_wrong = True
+    wrong.set("k", "right")
+
+    eventually(lambda: wrong.status.trouble, "the difference is found")
+
+    new = trio.leader(among=trio.others(wrong))
+    assert new.get("k") == b"right"
+    assert wrong.step_downs == 1
+    with pytest.raises(NoPrimaryError):
+        wrong.node.read_barrier()
+
+
+def test_audit_when_the_troubled_node_restarts_then_it_serves_again(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """Its log was right all along."""
+    trio = make_trio()
+    leader = trio.leader()
+    wrong = trio.others(leader)[0]
+    wrong.store.is_wrong = True
+    index = leader.set("k", "right")
+    eventually(lambda: wrong.status.trouble, "the difference is found")
+
+    wrong.stop()
+    wrong.start()
+
+    trio.await_applied(index)
+    assert wrong.holds("k") == b"right"
+    assert not wrong.status.trouble
+
+
+# ---- Modes -------------------------------------------------------------------------------------
+
+ASYNC = NodeConfig(0.2, 0.8, 1.2, async_replication=True)
+LEASE = NodeConfig(0.2, 0.8, 1.2, lease_reads=True)
+
+
+def test_async_when_a_write_is_blind_then_ok_comes_from_the_primarys_own_disk(
+    make_trio: Callable[..., Trio], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The mode's promise and its price: without a majority such a write is answered, and lost."""
+    trio = make_trio(ASYNC)
+    old = trio.leader()
+    trio.isolate(old)
+
+    done = old.node.propose([command("SET", "hasty", "1")], blind=True)
+
+    assert not done.replies
+    assert old.disk.read(done.first, done.first, 1024)[0].data == command("SET", "hasty", "1")
+    new = trio.leader(among=trio.others(old))
+    index = new.set("kept", "1")
+    with caplog.at_level(logging.WARNING):
+        trio.heal()
+        trio.await_applied(index)
+        eventually(lambda: "rolled back entries=" in caplog.text, "the loss is told")
+    assert old.holds("hasty") is None
+
+
+def test_async_when_a_replys_value_depends_on_the_state_then_it_waits_for_the_majority(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """INCR can't be answered before it is applied, and only what is committed is applied."""
+    trio = make_trio(ASYNC)
+    leader = trio.leader()
+    assert leader.node.propose([command("INCR", "n")]).replies == [1]
+    trio.isolate(leader)
+
+    with pytest.raises(OutcomeUnknownError):
+        leader.node.propose([command("INCR", "n")], blind=False)
+
+
+def test_async_when_a_read_follows_a_write_then_it_sees_it(make_trio: Callable[..., Trio]) -> None:
+    """OK came before the commit; the reader who was told so must find it all the same."""
+    trio = make_trio(ASYNC)
+    leader = trio.leader()
+
+    for i in range(200):
+        leader.node.propose([command("SET", "k", str(i))], blind=True)
+        assert leader.get("k") == str(i).encode()
+
+
+def test_lease_when_it_is_valid_then_a_read_needs_no_round(make_trio: Callable[..., Trio]) -> None:
+    """Thesis 6.4.1: nobody else can lead before the lease ends; after that no read passes."""
+    trio = make_trio(LEASE)
+    leader = _with_lease(trio)
+    leader.set("k", "v")
+    trio.isolate(leader)
+
+    assert leader.get("k") == b"v", "answered though nobody else can be reached"
+
+    eventually(lambda: _refuses_reads(leader), "the lease ends")
+    eventually(lambda: not leader.node.is_primary, "it steps down")
+
+
+def _with_lease(trio: Trio) -> Server:
+    """The leader, just after a heartbeat round that all have answered."""
+    leader = trio.leader()
+    last = leader.status.last_index
+    leader.set("lease", "1")
+    trio.await_applied(last + 1)
+    return leader
+
+
+def _refuses_reads(server: Server) -> bool:
+    try:
+        server.node.read_barrier()
+    except KVError:
+        return True
+    return False
+
+
+def test_lease_when_a_new_leader_is_elected_then_it_waits_until_the_old_lease_has_run_out(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """A dead leader is replaced at once, so its lease may still run: nobody may write meanwhile."""
+    config = NodeConfig(0.3, 2.0, 3.0, lease_reads=True)
+    trio = make_trio(config)
+    old = trio.leader()
+    old.set("k", "v")
+    others = trio.others(old)
+    old.stop()
+    new = eventually(lambda: next((s for s in others if s.node.is_primary), None), "one leads")
+    elected_s = time.monotonic()
+
+    with pytest.raises(NoPrimaryError, match="lease"):
+        new.node.propose([command("SET", "k", "new")])
+    with pytest.raises(NoPrimaryError, match="lease"):
+        new.node.read_barrier()
+    assert new.node.wait_for_primary(PATIENCE_S) == new.member
+
+    # Elected at most one poll of this test earlier than seen.
+    assert time.monotonic() - elected_s > 0.8 * config.election_timeout_min_s
+    assert new.get("k") == b"v"
+
+
+# ---- Members -----------------------------------------------------------------------------------
+
+
+def test_add_member_when_it_has_caught_up_then_it_votes(make_trio: Callable[..., Trio]) -> None:
+    """Thesis 4.2.1: a learner until it has caught up; asked twice, it is added once."""
+    trio = make_trio(count=1)
+    leader = trio.leader()
+    index = leader.set("k", "v")
+    newcomer = Server(trio, trio.place("n9"), QUICK)
+
+    added = leader.node.add_member(newcomer.member)
+    again = leader.node.add_member(newcomer.member)
+
+    assert len(added.members) == len(again.members) == 2
+    assert leader.status.voters == 1, "it has no vote before it has the data"
+    trio.servers.append(newcomer)
+    newcomer.start()
+    trio.await_applied(index)
+    eventually(lambda: leader.status.voters == 2, "it is promoted by itself")
+    eventually(lambda: newcomer.status.role is NodeRole.SECONDARY, "it knows that")
+    assert newcomer.holds("k") == b"v"
+
+
+def test_add_member_when_name_or_address_is_anothers_then_it_is_refused(shared_trio: Trio) -> None:
+    """A new member under an old name has lost what the old one had voted and acknowledged (T12)."""
+    leader = shared_trio.leader()
+    taken = shared_trio.servers[0].member
+    namesake = shared_trio.place(taken.node_id)
+    neighbour = shared_trio.place("other")._replace(host=taken.host, port=taken.port)
+
+    with pytest.raises(BadRequestError, match=f"name {taken.node_id} is taken"):
+        leader.node.add_member(namesake)
+    with pytest.raises(BadRequestError, match="is taken by"):
+        leader.node.add_member(neighbour)
+    with pytest.raises(NotPrimaryError):
+        shared_trio.others(leader)[0].node.add_member(shared_trio.place("late"))
+    assert len(leader.status.members) == 3
+
+
+# ---- Disk --------------------------------------------------------------------------------------
+
+
+def test_disk_when_almost_full_then_writes_are_refused_and_reads_go_on(
+    shared_trio: Trio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A definite refusal before the disk is full, so that what was accepted still fits (T18)."""
+    leader = shared_trio.leader()
+    leader.set("k", "before")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(leader.disk, "bytes_free", lambda: raft_node.DISK_RESERVE_BYTES - 1)
+        eventually(lambda: _refuses_for_space(leader), "it notices")
+        assert leader.get("k") == b"before"
+        assert "disk" in leader.status.trouble
+
+    eventually(lambda: not _refuses_for_space(leader), "there is room again")
+    assert not leader.status.trouble
+
+
+def _refuses_for_space(server: Server) -> bool:
+    try:
+        server.set("k", "before")
+    except NoSpaceError:
+        return True
+    return False
+
+
+def test_follower_when_far_behind_the_leaders_memory_then_it_catches_up_from_disk(
+    make_trio: Callable[..., Trio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The window of recent entries is bounded; the log on disk is not."""
+    monkeypatch.setattr(raft_node, "RaftLog", functools.partial(RaftLog, window_bytes_max=4096))
+    trio = make_trio()
+    leader = trio.leader()
+    late = trio.others(leader)[0]
+    late.stop()
+    for start in range(0, 2000, 100):
+        keys = [f"k{i}" for i in range(start, start + 100)]
+        done = leader.node.propose([command("SET", key, "x" * 100) for key in keys])
+
+    late.start()
+
+    trio.await_applied(done.last)
+    assert late.holds("k0") == late.holds("k1999") == b"x" * 100
+    assert late.status.state_hash == leader.status.state_hash
