@@ -747,6 +747,20 @@ def test_async_when_a_read_follows_a_write_then_it_sees_it(make_trio: Callable[.
         assert leader.get("k") == str(i).encode()
 
 
+def test_async_when_a_write_is_not_committed_then_not_even_the_lease_answers_without_it(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """The read waits for the commit, which never comes here; an old value would be a lie."""
+    trio = make_trio(NodeConfig(0.2, 0.8, 1.2, async_replication=True, lease_reads=True))
+    leader = _with_lease(trio)
+    trio.await_applied(leader.set("k", "old"))
+    trio.isolate(leader)
+    leader.node.propose([command("SET", "k", "new")], blind=True)
+
+    with pytest.raises((NoPrimaryError, NotPrimaryError)):
+        leader.get("k")
+
+
 def test_lease_when_it_is_valid_then_a_read_needs_no_round(make_trio: Callable[..., Trio]) -> None:
     """Thesis 6.4.1: nobody else can lead before the lease ends; after that no read passes."""
     trio = make_trio(LEASE)
