@@ -23,7 +23,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -51,6 +51,8 @@ HOLD_S: Final = 1.5
 # One batch becomes one run of log entries; a longer pipeline is proposed in several.
 BATCH_REQUESTS_MAX: Final = 1024
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
+# More is only made once this has been sent: a short pipeline can ask for gigabytes.
+REPLIES_BYTES_MAX: Final = 1024 * 1024
 SHRINKING: Final = frozenset({"DEL", "DELETE", "UNLINK", "DELEX", "GETDEL", "FLUSHALL", "EXPIRE"})
 
 Argv = Sequence[bytes]
@@ -84,11 +86,13 @@ class Session:
         service: Service,
         peer: str,
         *,
-        deliver: Callable[[bytes, Callable[[], None]], None],
+        deliver: Callable[[bytes, Iterator[bytes] | None, Callable[[], None]], None],
         stop_reading: Callable[[], None],
     ) -> None:
-        """``deliver(replies, sent)`` sends from any thread without waiting, then calls ``sent``.
+        """``deliver(replies, more, sent)`` sends from any thread without waiting.
 
+        Then it sends what ``more`` gives, if anything, on a thread that may wait, and in the end
+        it calls ``sent``.
         ``stop_reading`` lets the client's thread see the end of its requests.
         """
         self.service = service
@@ -112,26 +116,41 @@ class Session:
         service.connections_count += 1
         service.sessions[self.id] = self
 
-    def receive(self, data: bytes) -> bytes:
-        """The replies to what the client sent that are to be sent now; then see ``closing``."""
-        out = [self.finish()]
+    def receive(self, data: bytes) -> Iterator[bytes]:
+        """The replies to what the client sent that are to be sent now; then see ``closing``.
+
+        Each piece is made when the one before it has been sent.
+        """
+        yield from self.finish()
         self.parser.feed(data)
         items = self.parser.take()
         self.service.commands_count += len(items)
-        position = 0
+        out: list[bytes] = []
+        size_bytes = position = 0
         while position < len(items) and not self.closing:
+            count = len(out)
             position = self._answer_run(items, position, out)
+            size_bytes += sum(map(len, out[count:]))
+            if size_bytes > REPLIES_BYTES_MAX:
+                yield b"".join(out)
+                out.clear()
+                size_bytes = 0
         self.closing = self.closing or self.parser.broken
-        return b"".join(out)
+        if out:
+            yield b"".join(out)
 
-    def finish(self) -> bytes:
-        """Wait until nothing is under way; the replies that are left to send."""
+    def wait(self) -> None:
+        """Return when no other thread is answering for this connection."""
         with self._under_way:
             pass
-        if self._came_back is None:
-            return b""
-        (run, before), self._came_back = self._came_back, None
-        return b"".join([before, *self._read(run)])
+
+    def finish(self) -> Iterator[bytes]:
+        """Wait until nothing is under way; the replies that are left to send."""
+        self.wait()
+        if self._came_back is not None:
+            (run, before), self._came_back = self._came_back, None
+            yield before
+            yield from self._read_all(run)
 
     # ---- Batches -------------------------------------------------------------------------------
 
@@ -152,9 +171,11 @@ class Session:
             # What may take long must not hold up the thread of a peer.
             run, end = self._gather(items, position, "read")
             is_fast = all("fast" in kv_commands.lookup(argv).flags for argv in run)
-            if not (is_fast and self._is_last(items, end) and self._read_later(run, out)):
-                out += self._read(run)
-            return end
+            if is_fast and self._is_last(items, end) and self._read_later(run, out):
+                return end
+            replies = self._read(run)
+            out += replies
+            return position + len(replies)
         try:
             reply = _LOCAL[command.name](self, first)
         except KVError as error:
@@ -248,7 +269,7 @@ class Session:
 
     def _on_written(self, run: Sequence[Argv], before: bytes, pending: Pending) -> None:
         replies = self._write_replies(run, pending)
-        self._deliver(b"".join([before, *replies]), self._under_way.release)
+        self._deliver(b"".join([before, *replies]), None, self._under_way.release)
 
     def _write_replies(self, run: Sequence[Argv], pending: Pending) -> list[bytes]:
         if pending.error is not None:
@@ -266,26 +287,40 @@ class Session:
             for i, (argv, reply) in enumerate(zip(run, replies, strict=True))
         ]
 
+    def _read_all(self, run: Sequence[Argv]) -> Iterator[bytes]:
+        """The replies to a run, in pieces."""
+        while run:
+            replies = self._read(run)
+            yield b"".join(replies)
+            run = run[len(replies) :]
+
     def _read(self, run: Sequence[Argv]) -> list[bytes]:
+        """The replies to the first of ``run``: at least one, and as many as should be held."""
         if not (self.reads_stale and not self.node.is_primary):
             error = self._held(self.node.read_barrier)
             if error is not None:
                 return self._encode_all(run, [error] * len(run))
         replies: list[Reply] = []
-        while len(replies) < len(run):
+        while not replies:
             now_ms = self.service.now_ms()
             try:
                 self._read_store(run, replies, now_ms)
             except ExpiredKeysError as expired:
                 error = self._purge(expired.pairs, now_ms)
-                if error is not None:
+                if error is not None and not replies:
                     replies.append(error)
-        return self._encode_all(run, replies)
+        return self._encode_all(run[: len(replies)], replies)
 
     def _read_store(self, run: Sequence[Argv], replies: list[Reply], now_ms: int) -> None:
+        """Add the replies to the first of ``run``, until they are REPLIES_BYTES_MAX."""
+        size_bytes = 0
         with self.node.store_lock:
-            for argv in run[len(replies) :]:
-                replies.append(self.store.read(argv, now_ms))  # noqa: PERF401 - kept if one raises
+            for argv in run:
+                reply = self.store.read(argv, now_ms)
+                replies.append(reply)  # kept if a later one raises
+                size_bytes += _size_bytes(reply)
+                if size_bytes > REPLIES_BYTES_MAX:
+                    return
 
     def _read_later(self, run: Sequence[Argv], out: list[bytes]) -> bool:
         """Hand a run over, with the replies that go before its own; False: it was not taken."""
@@ -315,8 +350,10 @@ class Session:
                     return
                 except KVError as error:
                     replies = [error] * len(run)
-            encoded = self._encode_all(run, replies)
-            self._deliver(b"".join([before, *encoded]), self._under_way.release)
+            encoded = self._encode_all(run[: len(replies)], replies)
+            rest = run[len(replies) :]
+            more = self._read_all(rest) if rest else None
+            self._deliver(b"".join([before, *encoded]), more, self._under_way.release)
         else:
             # The leadership is lost, so the client's thread is about to wake and to see to it.
             self._came_back = (run, before)
@@ -728,6 +765,13 @@ def _checked_member_id(member_id: str) -> MemberId:
 
 def _address(member: Member) -> dict[str, object]:
     return {"node_id": member.node_id, "host": member.host, "port": member.port}
+
+
+def _size_bytes(reply: Reply) -> int:
+    """What a reply weighs; only what may be large counts."""
+    if isinstance(reply, bytes):
+        return len(reply)
+    return sum(map(_size_bytes, reply)) if isinstance(reply, list) else 0
 
 
 def _slot(argv: Argv) -> int:

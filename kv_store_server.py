@@ -30,7 +30,7 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import FrameType
 
 import kv_commands
@@ -89,39 +89,53 @@ class ClientHandler(socketserver.BaseRequestHandler):
         except (ConnectionError, BlockingIOError):
             pass  # it went away, or stood still for STALL_S
         finally:
-            session.finish()
+            session.wait()
             self.server.service.sessions.pop(session.id, None)
 
     def _serve(self, sock: socket.socket, session: Session) -> None:
         in_request = False
         while not session.closing and (data := sock.recv(RECEIVE_BYTES)):
-            if replies := session.receive(data):
+            for replies in session.receive(data):
                 sock.sendall(replies)
             if session.parser.has_partial != in_request:
                 in_request = not in_request
                 _set_stall(sock, socket.SO_RCVTIMEO, STALL_S if in_request else 0)
-        if replies := session.finish():
+        for replies in session.finish():
             sock.sendall(replies)
 
-    def _deliver(self, replies: bytes, sent: Callable[[], None]) -> None:
+    def _deliver(
+        self, replies: bytes, more: Iterable[bytes] | None, sent: Callable[[], None]
+    ) -> None:
         """Send from a thread that others depend on: a client that does not read can't hold it."""
         try:
             count = self.request.send(replies, socket.MSG_DONTWAIT)
         except BlockingIOError:
             count = 0
         except OSError:
-            count = len(replies)  # it is gone, which its own thread will see
-        if count == len(replies):
+            count, more = len(replies), None  # it is gone, which its own thread will see
+        if count == len(replies) and more is None:
             sent()
         else:
             threading.Thread(
-                target=self._deliver_slowly, args=(replies[count:], sent), name="client-slow"
+                target=self._deliver_slowly,
+                args=(replies[count:], more or (), sent),
+                name="client-slow",
+                daemon=True,
             ).start()
 
-    def _deliver_slowly(self, replies: bytes, sent: Callable[[], None]) -> None:
-        with contextlib.suppress(OSError):
+    def _deliver_slowly(
+        self, replies: bytes, more: Iterable[bytes], sent: Callable[[], None]
+    ) -> None:
+        try:
             self.request.sendall(replies)
-        sent()
+            for replies in more:
+                self.request.sendall(replies)
+        except OSError:
+            # It stood still for STALL_S: what was left out would garble all that follows.
+            with contextlib.suppress(OSError):
+                self.request.shutdown(socket.SHUT_RDWR)
+        finally:
+            sent()
 
 
 def _set_stall(sock: socket.socket, option: int, seconds: int) -> None:
@@ -447,14 +461,24 @@ def main(argv: Sequence[str] | None = None, environ: dict[str, str] | None = Non
     _warn_of_choices(settings)
     threading.current_thread().name = "main"
     threading.stack_size(1024 * 1024)
+    _on_signals(_leave)
     try:
         server = Server(settings)
     except StartError as error:
         log.error("%s", error)
         return EXIT_CONFIG
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, server.stop)
+    _on_signals(server.stop)
     return server.run()
+
+
+def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def _leave(signal_number: int, frame: FrameType | None) -> None:
+    """On a signal while the node waits for a cluster to join: there is nothing to stop yet."""
+    raise SystemExit(0)
 
 
 if __name__ == "__main__":
