@@ -182,7 +182,9 @@ class Simulation:
         self._wait(REST_TIMEOUTS, self._is_at_rest, "not at rest")
 
     def _wait(self, timeouts: int, reached: Callable[[], bool], otherwise: str) -> None:
-        limit = self.now + timeouts * self.config.election_ticks_max
+        # Where each entry is a message of its own, and one at a time, catching up takes longer.
+        longest = max(len(server.log) for server in self.servers.values())
+        limit = self.now + timeouts * self.config.election_ticks_max + 2 * longest
         while not reached():
             roles = {name: server.core.role.value for name, server in self.servers.items()}
             self.invariants.require(self.now < limit, f"I15: {otherwise} by {limit}: {roles}")

@@ -306,6 +306,20 @@ def test_candidate_wins_with_the_votes_of_a_majority(size: int, needed: int) -> 
     assert (core.role, core.term) == (Role.LEADER, 1)
 
 
+def test_server_that_is_alone_leads_after_its_first_tick() -> None:
+    """No other leader can be alive, so there is nothing to wait for; its vote is synced all the same.
+
+    Source: raft-traps T5.
+    """
+    core = server(voters="a", log=log_of(3))
+
+    core.tick()
+    assert (core.role, core.term) == (Role.CANDIDATE, 4)
+    flush(core)
+
+    assert core.role is Role.LEADER
+
+
 def test_votes_are_counted_by_voter_not_by_message() -> None:
     """The network may deliver a vote twice.
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+import raft_progress
 from raft_core import EntriesOnDisk, NotLeaderError, RaftConfig, RaftCore
 from raft_types import HardState, Membership, Message, Ready, Role
 from tests.raft_servers import (
@@ -304,6 +305,12 @@ def perform(text: str) -> str:
         if line and not line.startswith("#"):
             lines += [INDENT + happened for happened in stage.play(line)]
     return "\n".join(lines) + "\n"
+
+
+@pytest.fixture(autouse=True)
+def window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window of several appends, whatever the measured value is today."""
+    monkeypatch.setattr(raft_progress, "INFLIGHT_MESSAGES_MAX", 4)
 
 
 @pytest.mark.parametrize("path", SCENARIOS, ids=lambda path: path.stem)
