@@ -9,8 +9,8 @@ Rule 2: clients and peers have their own ports and threads, so that no crowd of 
 the heartbeats (raft-traps T67).
 Rule 3: a bug ends the process loudly; a client's mistake ends at most its own connection.
 
-Exit status: 0 stopped by a signal, 1 a fault (it may be started again), 78 its data, its name or
-its settings are wrong (starting it again can't help).
+Exit status: 0 stopped by a signal, 1 a fault (it may be started again), 2 wrong settings, 78 its
+data or its name are not right here (starting it again can't help).
 
 Threads: ``main`` waits for signals, ``accept-clients`` accepts, ``client-N`` serves one
 connection. The rest are of ``raft_node.py``. Read on in ``kv_session.py``.
@@ -29,9 +29,7 @@ import socketserver
 import struct
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
-from types import FrameType
 
 import kv_commands
 from kv_config import Address, ConfigError, Settings, parse_settings
@@ -55,6 +53,7 @@ STALL_S = 60
 JOIN_INTERVAL_S = 0.5
 JOIN_TIMEOUT_S = 5.0
 PURGE_KEYS_MAX = 500
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StartError(Exception):
@@ -183,7 +182,9 @@ class TCPServer(socketserver.ThreadingTCPServer):
         """Listen, and accept on the thread ``accept-clients``."""
         self.service = service
         self.server_activate()
-        threading.Thread(target=self.serve_forever, name="accept-clients", daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, args=(0.05,), name="accept-clients", daemon=True
+        ).start()
 
     def process_request(self, request: object, client_address: object) -> None:
         """A new connection: its own thread, or a refusal."""
@@ -274,7 +275,8 @@ def join_cluster(me: Member, settings: Settings) -> str | None:
             places = ", ".join(f"{host}:{port}" for host, port in settings.join)
             text = f"waiting for a cluster at {places} (one founds it with --primary)"
             said = _say_once(said, text)
-        time.sleep(JOIN_INTERVAL_S)
+        if signal.sigtimedwait(STOP_SIGNALS, JOIN_INTERVAL_S) is not None:
+            raise SystemExit(0)  # there is nothing to stop yet
 
 
 def _say_once(said: str, text: str) -> str:
@@ -312,8 +314,6 @@ class Server:
     def __init__(self, settings: Settings) -> None:
         """Open the disk and the ports. Raises StartError."""
         self.settings = settings
-        self._stop = threading.Event()
-        self.exit_status = 0
         self._boot_id = new_id()
         try:
             self._disk = self._open_disk()
@@ -359,7 +359,7 @@ class Server:
         return ReplicationLog(self.settings.data_dir, fsync=self.settings.fsync == "always")
 
     def run(self) -> int:
-        """Serve until a signal; returns the exit status."""
+        """Serve until SIGTERM or SIGINT; returns the exit status."""
         self._clients.service = self.service
         self.node.start()
         self._clients.serve(self.service)
@@ -373,21 +373,18 @@ class Server:
             self.node.identity.node_id,
             self.node.identity.member_id,
         )
-        self._stop.wait()
+        signal.sigwait(STOP_SIGNALS)
         log.info("stopping")
         self._clients.shutdown()
         self._clients.server_close()
         self.node.stop()
         self._clients.close_clients()
         self._disk.close()
-        return self.exit_status
-
-    def stop(self, signal_number: int, frame: FrameType | None) -> None:
-        """On SIGTERM and SIGINT."""
-        self._stop.set()
+        return 0
 
     def _die(self, error: BaseException) -> None:
         """A thread has died. Nothing that this process says can be trusted now: end it at once."""
+        log.critical("the process ends: a thread died of %r", error, exc_info=error)
         logging.shutdown()
         os._exit(EXIT_FAULT)
 
@@ -461,24 +458,18 @@ def main(argv: Sequence[str] | None = None, environ: dict[str, str] | None = Non
     _warn_of_choices(settings)
     threading.current_thread().name = "main"
     threading.stack_size(1024 * 1024)
-    _on_signals(_leave)
+    # Blocked in every thread, for main to take by itself: a handler would run only when main wakes,
+    # and a signal that the kernel gives to another thread does not wake it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         server = Server(settings)
     except StartError as error:
         log.error("%s", error)
         return EXIT_CONFIG
-    _on_signals(server.stop)
+    except OSError as error:
+        log.error("can't start: %s", error)
+        return EXIT_FAULT
     return server.run()
-
-
-def _on_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
-
-
-def _leave(signal_number: int, frame: FrameType | None) -> None:
-    """On a signal while the node waits for a cluster to join: there is nothing to stop yet."""
-    raise SystemExit(0)
 
 
 if __name__ == "__main__":

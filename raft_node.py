@@ -291,12 +291,12 @@ class RaftNode:
                 thread.join(timeout=5.0)
 
     def _guard(self, run: Callable[[], None]) -> None:
-        """A thread of the node must not die alone and leave a zombie behind."""
+        """What fails in a thread of the node must not leave a zombie behind: see ``on_fatal``."""
         try:
             run()
         except BaseException as error:
-            log.critical("thread died, so the process ends", exc_info=True)
             self._on_fatal(error)
+            raise
 
     # ---- Any thread: writes, reads, questions --------------------------------------------------
 
@@ -355,16 +355,13 @@ class RaftNode:
             # must be seen all the same.
             last = core.log.last_index if self.config.async_replication else 0
             reader = self._pending_locked(0, last, on_done)
-            effects: list[Effect]
+            if core.role is not Role.LEADER:
+                raise self._not_primary_locked()
+            self._readers.add(reader)
             if self._lease.is_valid() and core.committed_in_own_term:
-                self._readers.add(reader)
                 effects = self._confirm_reads_locked(core.commit_index, [reader])
             else:
-                try:
-                    core.read_index(reader)
-                except NotLeaderError:
-                    raise self._not_primary_locked() from None
-                self._readers.add(reader)
+                core.read_index(reader)
                 effects = self._pump_locked()
         self._settle(effects)
 

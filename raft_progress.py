@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import deque
 from enum import Enum
 
-# Appends with entries that may wait for their answer at one follower. More would only queue in
-# the follower's socket: the next append carries all that has gathered anyway.
-INFLIGHT_MESSAGES_MAX = 4
+# Appends with entries that may wait for their answer at one follower. With more, under load most
+# would carry an entry or two; so the next one carries all that has gathered meanwhile.
+INFLIGHT_MESSAGES_MAX = 2
 INFLIGHT_BYTES_MAX = 8 * 1024 * 1024
 
 
