@@ -36,7 +36,7 @@ from kv_config import Address, ConfigError, Settings, parse_settings
 from kv_session import VERSION, Service, Session
 from kv_store import KeyValueStore, purge_request
 from raft_node import NodeConfig, NodeRole, RaftNode, found_cluster
-from raft_transport import PeerListener, PeerPortError
+from raft_transport import PeerListener, PeerPortError, send_without_waiting
 from raft_types import Identity, Member, new_id
 from raft_types import Member as NodeInfo
 from replication_log import DataDirError, ReplicationLog
@@ -107,7 +107,7 @@ class ClientHandler(socketserver.BaseRequestHandler):
     ) -> None:
         """Send from a thread that others depend on: a client that does not read can't hold it."""
         try:
-            count = self.request.send(replies, socket.MSG_DONTWAIT)
+            count = send_without_waiting(self.request, replies)
         except BlockingIOError:
             count = 0
         except OSError:

@@ -74,6 +74,8 @@ log = logging.getLogger(__name__)
 
 TICK_S = 0.01
 APPLY_BYTES_MAX = 1024 * 1024
+# Above this many proposals answered at once, single ones are no longer written by their own thread.
+CROWD_MIN = 3
 UPKEEP_INTERVAL_S = 0.1
 # Below this the primary refuses writes, so that what it has accepted still fits.
 DISK_RESERVE_BYTES = 64 * 1024 * 1024
@@ -239,6 +241,7 @@ class RaftNode:
         self._primary_changed = threading.Condition(self._lock)
         self._stopping = False
         self._applied_index = store.applied_index
+        self._crowd = 0  # how many proposals were answered at once, the last time
         self._applying = False  # one thread at a time, in the log's order
         self._waiting: deque[Pending] = deque()  # writes, by log index
         self._readers: set[Pending] = set()  # all that wait for a read index, or to reach it
@@ -330,6 +333,11 @@ class RaftNode:
             pending = self._pending_locked(first, first + len(payloads) - 1, on_done)
             pending.blind = blind and self.config.async_replication
             self._waiting.append(pending)
+            if self._crowd > CROWD_MIN:
+                # More will be proposed in a moment, by those who were answered together with this
+                # client. They join in while the writer's thread wakes up.
+                self._ready_due.notify()
+                return
             effects = self._pump_locked()
         self._settle(effects)
 
@@ -657,6 +665,8 @@ class RaftNode:
                 if ready is None:
                     self._ready_due.wait(DISK_CHECK_INTERVAL_S)
                     ready = self._core.ready()
+                effects = self._pump_locked()
+            _run(effects)
             if ready is not None:
                 self._write(ready)
                 self._apply_committed()
@@ -752,6 +762,7 @@ class RaftNode:
                 break
             waiting.popleft()
             done.append(pending.finish)
+        self._crowd = len(done)
         while self._readers_at and self._readers_at[0][0] <= last:
             done += self._finish_readers_locked(self._readers_at.pop(0)[1])
         return done

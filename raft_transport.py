@@ -18,6 +18,7 @@ Read on in ``raft_node.py``, which owns the links and the listener.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import logging
 import os
@@ -60,6 +61,35 @@ class PeerPortError(Exception):
 
 
 # ---- Sockets -----------------------------------------------------------------------------------
+
+
+def send_without_waiting(sock: socket.socket, data: bytes) -> int:
+    """Send what the kernel takes at once; returns how many bytes. Raises OSError.
+
+    The interpreter's lock is kept, unlike in ``socket.send``: the call can't wait, and letting go
+    of the lock would cost a queue of other threads for each of many short sends (docs/adr/0005).
+    """
+    if _libc_send is None:
+        return sock.send(data, socket.MSG_DONTWAIT)
+    flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+    sent: int = _libc_send(sock.fileno(), data, len(data), flags)
+    if sent < 0:
+        code = ctypes.get_errno()
+        raise OSError(code, os.strerror(code))  # of the subclass that belongs to the code
+    return sent
+
+
+def _load_send() -> Callable[[int, bytes, int, int], int] | None:
+    try:
+        send = ctypes.PyDLL(None, use_errno=True).send
+    except (OSError, AttributeError):
+        return None  # no such library here: slower, not different
+    send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
+    send.restype = ctypes.c_ssize_t
+    return send
+
+
+_libc_send = _load_send()
 
 
 def _receive_handshake(sock: socket.socket, timeout_s: float) -> Hello | Refused:
@@ -186,7 +216,7 @@ class _Channel:
         with self._lock:
             assert not self._rest
             try:
-                sent = self.sock.send(frame)
+                sent = send_without_waiting(self.sock, frame)
             except OSError:  # no room; or broken, which ``send`` will find too
                 sent = 0
             self._rest = memoryview(frame)[sent:]
