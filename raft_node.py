@@ -662,7 +662,7 @@ class RaftNode:
         while not self._stopping:
             with self._lock:
                 ready = self._core.ready()
-                if ready is None:
+                if ready is None and not self._stopping:
                     self._ready_due.wait(DISK_CHECK_INTERVAL_S)
                     ready = self._core.ready()
                 effects = self._pump_locked()
