@@ -242,16 +242,22 @@ class Trio:
             server.stop()
 
     def leader(self, among: Sequence[Server] = (), within_s: float = PATIENCE_S) -> Server:
-        """The one that leads and has committed in its term."""
+        """The one that leads, has committed in its term, and is followed by all that run.
+
+        Without the last a candidate of the start, in a later term already, could yet depose it.
+        """
 
         def leads() -> Server | None:
-            for server in among or self.servers:
-                if server.is_up and server.node.is_primary:
+            running = [server for server in among or self.servers if server.is_up]
+            for server in running:
+                if server.node.is_primary:
                     try:
                         server.node.read_barrier()
                     except KVError:
                         continue
-                    return server
+                    followed = [other.node.status().primary for other in running]
+                    if all(primary == server.node.status().primary for primary in followed):
+                        return server
             return None
 
         return eventually(leads, "one leads", within_s)
