@@ -355,9 +355,10 @@ class Session:
             more = self._read_all(rest) if rest else None
             self._deliver(b"".join([before, *encoded]), more, self._under_way.release)
         else:
-            # The leadership is lost, so the client's thread is about to wake and to see to it.
+            # The client's thread has to see to it: wake it, as a lost leadership does anyway.
             self._came_back = (run, before)
             self._under_way.release()
+            self.stop_reading()
 
     def _purge(self, pairs: Sequence[tuple[bytes, int]], now_ms: int) -> KVError | None:
         """Delete keys whose deadline has passed, so that a read may say that they are gone.

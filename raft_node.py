@@ -3,21 +3,22 @@
 Rule 1: ``_lock`` guards the core and everything else here; hold it for memory work only. What must
 happen outside (waking a link, a log line, a callback) is returned as *effects* and run afterwards.
 Rule 2: after taking the lock again, look at term and role again.
-Rule 3: a thread that dies takes the process with it (raft-traps T24): see ``Guarded``.
+Rule 3: a thread that dies takes the process with it (raft-traps T24): see ``_guard``.
 Rule 4: a write that was proposed ends in its reply or in UNKNOWN, never in a definite error.
 
 | thread | does | waits on |
 |---|---|---|
 | raft-timer | ticks the core | the clock |
-| raft-log-writer | takes all that is pending, one write, one fsync; then lets the messages go | disk |
-| raft-applier | applies committed entries, wakes those who wait; upkeep of the store | memory |
+| raft-log-writer | writes what gathered in another write, or of a crowd: one for all | disk |
+| raft-applier | applies what is read from disk, or left by others; upkeep of the store | disk |
 | raft-peer-NAME | dials a peer, pulls and pushes appends, heartbeats and votes | that socket |
-| raft-recv-NAME | reads a peer's frames, ``core.step`` | that socket |
+| raft-recv-NAME | reads a peer's frames, ``core.step``; as a secondary writes; applies | socket, disk |
 
 Work is done by whoever finds it due, if no one is at it, which spares the change of threads that
 costs more than the work; the thread named for it takes over when more has gathered meanwhile.
-Lock order, never reversed: a link's sending lock > ``_lock``; ``store_lock`` > ``_lock``. Callers are the client
-threads of ``kv_store_server.py``. Read on in ``raft_core.py`` and ``raft_transport.py``.
+Lock order, never reversed: a link's sending lock > ``_lock``; ``store_lock`` > ``_lock``. Callers
+are the client threads of ``kv_store_server.py``. Read on in ``raft_core.py`` and
+``raft_transport.py``.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ class RaftNode:
         # Guards ``store``. The applier writes under it; readers of several keys take it too.
         self.store_lock = threading.Lock()
         self.store = store
-        self._disk = disk  # append: owner raft-log-writer; read: any thread
+        self._disk = disk  # append: by who holds the Ready; read: any thread
         self._address = address  # where peers reach this node
         self._boot_id = boot_id
         self._on_step_down = on_step_down
@@ -591,8 +592,8 @@ class RaftNode:
             ticks = min(int((now_s - last_s) / TICK_S), ticks_max)
             last_s = now_s if ticks == ticks_max else last_s + ticks * TICK_S
             with self._lock:
-                # A follower whose own disk is slow has no cause to doubt its leader: it may not have
-                # read yet what that one sent (raft-traps T23).
+                # A follower whose own disk is slow has no cause to doubt its leader: it may not
+                # have read yet what that one sent (raft-traps T23).
                 if self._core.role is Role.LEADER or not self._core.is_writing:
                     for _ in range(ticks):
                         self._core.tick()

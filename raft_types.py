@@ -102,10 +102,6 @@ class Membership:
         """The member of this id, or None."""
         return next((m for m in self.members if m.member_id == member_id), None)
 
-    def by_node_id(self, node_id: str) -> Member | None:
-        """The member that carries this node's name, or None."""
-        return next((m for m in self.members if m.node_id == node_id), None)
-
     def has_quorum(self, supporters: Iterable[MemberId]) -> bool:
         """Whether the voters among ``supporters`` are a majority of all voters."""
         return len(set(supporters).intersection(self.voters)) >= self.quorum

@@ -17,8 +17,8 @@ A data directory, and what is in its files (integers big-endian, numbers in name
     record                              header (length, kind, two CRC32), payload: one batch
     payload                             the hard state, if it changed; raft_types.encode_entries
 
-Thread raft-log-writer owns the log: it alone appends, saves the identity and closes. Any thread
-reads. Read on in ``raft_node.py`` (who calls this) and docs/adr/0003 (why not a database).
+One thread at a time appends, saves the identity or closes: whoever holds the core's Ready. Any
+thread reads. Read on in ``raft_node.py`` (who calls this) and docs/adr/0003 (why not a database).
 """
 
 from __future__ import annotations
@@ -404,7 +404,7 @@ class ReplicationLog:
             self.close()
             raise
 
-    # ---- Thread raft-log-writer ----
+    # ---- One thread at a time ----
 
     def append(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
         """Make a new hard state (None: unchanged) and entries durable, with one write and one sync.
