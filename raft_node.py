@@ -12,7 +12,7 @@ Rule 4: a write that was proposed ends in its reply or in UNKNOWN, never in a de
 | raft-log-writer | writes what gathered in another write, or of a crowd: one for all | disk |
 | raft-applier | applies what is read from disk, or left by others; upkeep of the store | disk |
 | raft-peer-NAME | dials a peer, pulls and pushes appends, heartbeats and votes | that socket |
-| raft-recv-NAME | reads a peer's frames, ``core.step``; as a secondary writes; applies | socket, disk |
+| raft-recv-NAME | reads a peer's frames, ``core.step``; writes (secondary), applies | socket, disk |
 
 Work is done by whoever finds it due, if no one is at it, which spares the change of threads that
 costs more than the work; the thread named for it takes over when more has gathered meanwhile.
