@@ -6,12 +6,12 @@ Rule 2: a definite error is only given for what was not proposed (promise G4).
 Rule 3: while no primary is known, a data command is held for a moment instead of refused, so that
 a failover is a pause and not an error.
 
-Rule 4: the last run of a batch, which is most often the only one, is answered by the thread that
-applies it or confirms the read: waking the client's own thread for it would cost more than all the
-rest (docs/adr/0005). The client's thread meanwhile waits for the next request.
+Rule 4: a batch that is one short run is handed over: it joins those of other clients, and is answered
+by the thread that applies it or confirms the read. Waking the client's own thread for it would cost
+more than all the rest (docs/adr/0005, 0007).
 
-Each ``Session`` belongs to one thread ``client-N`` of ``kv_store_server.py``; what they share is
-the ``Service``. The commands' meaning is in ``kv_store.py``, their syntax in ``kv_commands.py``.
+Each ``Session`` belongs to one connection of ``kv_store_server.py``: to its thread ``client-N``, or
+while that sleeps to ``read-clients``. What they share is the ``Service``. The commands' meaning is in ``kv_store.py``, their syntax in ``kv_commands.py``.
 """
 
 from __future__ import annotations
@@ -78,6 +78,72 @@ class Service:
         return time.time_ns() // 1_000_000
 
 
+class Batch:
+    """What several clients ask at once: their writes proposed together, their reads in one round.
+
+    Gathered and begun by one thread; answered by the thread that applies, or confirms the reads.
+    """
+
+    def __init__(self, node: RaftNode) -> None:
+        self._node = node
+        # By whether they are blind, which decides when they are answered.
+        self._writes: dict[bool, list[tuple[Session, Sequence[Argv]]]] = {}
+        self._payloads: dict[bool, list[bytes]] = {}
+        self._reads: list[tuple[Session, Sequence[Argv]]] = []
+
+    def add_writes(
+        self, session: Session, run: Sequence[Argv], payloads: Sequence[bytes], blind: bool
+    ) -> None:
+        """``run`` is all that ``session`` has received."""
+        self._writes.setdefault(blind, []).append((session, run))
+        self._payloads.setdefault(blind, []).extend(payloads)
+        session.begin()
+
+    def add_reads(self, session: Session, run: Sequence[Argv]) -> None:
+        """``run`` is all that ``session`` has received."""
+        self._reads.append((session, run))
+        session.begin()
+
+    def start(self) -> Iterator[Session]:
+        """Propose the writes, ask for the reads; returns the sessions that are refused.
+
+        Nothing of theirs was proposed: they have it back, to answer it on their own threads.
+        """
+        if self._reads:
+            reads = self._reads
+            yield from self._try(reads, lambda: self._node.read_later(partial(_end_reads, reads)))
+        for blind, writes in self._writes.items():
+            begin = partial(
+                self._node.propose_later,
+                self._payloads[blind],
+                partial(_end_writes, writes),
+                blind=blind,
+            )
+            yield from self._try(writes, begin)
+
+    def _try(
+        self, runs: Sequence[tuple[Session, Sequence[Argv]]], begin: Callable[[], None]
+    ) -> Iterator[Session]:
+        try:
+            begin()
+        except KVError:
+            for session, run in runs:
+                session.take_back(run)
+                yield session
+
+
+def _end_writes(writes: Sequence[tuple[Session, Sequence[Argv]]], pending: Pending) -> None:
+    offset = 0
+    for session, run in writes:
+        session.end_writes(run, pending, offset)
+        offset += len(run)
+
+
+def _end_reads(reads: Sequence[tuple[Session, Sequence[Argv]]], pending: Pending) -> None:
+    for session, run in reads:
+        session.end_reads(run, pending)
+
+
 class Session:
     """The state of one connection, and the one place that answers its requests."""
 
@@ -109,22 +175,51 @@ class Session:
         self.began_s = time.monotonic()
         self.parser = RequestParser(service.settings.request_bytes_max)
         self._deliver = deliver
-        # Held from handing a run to other threads until its replies are sent (or it came back).
+        self._items: list[Item] = []  # received, and not yet answered
+        # Held from handing a run to a batch until its replies are sent (or it came back).
         self._under_way = threading.Lock()
         # A run of reads that came back, because this node ceased to lead: it was not answered.
-        self._came_back: tuple[Sequence[Argv], bytes] | None = None
+        self._came_back: Sequence[Argv] = []
         service.connections_count += 1
         service.sessions[self.id] = self
 
-    def receive(self, data: bytes) -> Iterator[bytes]:
-        """The replies to what the client sent that are to be sent now; then see ``closing``.
-
-        Each piece is made when the one before it has been sent.
-        """
-        yield from self.finish()
+    def receive(self, data: bytes) -> None:
+        """Take what the client sent apart; then ``hand_over`` or ``answer``."""
         self.parser.feed(data)
         items = self.parser.take()
         self.service.commands_count += len(items)
+        self._items += items
+
+    def hand_over(self, batch: Batch) -> bool:
+        """Leave all that was received to ``batch``; False: ``answer`` it, on a thread that waits."""
+        items = self._items
+        if self._under_way.locked() or self._came_back or self.parser.broken or not items:
+            return False
+        command = self._checked(items[0])
+        if isinstance(command, KVError) or not command.flags & {"write", "read"}:
+            return False
+        flag = "write" if "write" in command.flags else "read"
+        run, end = self._gather(items, 0, flag)
+        if end < len(items):
+            return False
+        if flag == "write":
+            batch.add_writes(self, run, *self._payloads(run))
+        elif not self.reads_stale and all("fast" in kv_commands.lookup(argv).flags for argv in run):
+            batch.add_reads(self, run)
+        else:
+            return False
+        return True
+
+    def answer(self) -> Iterator[bytes]:
+        """The replies to what was received; then see ``closing``.
+
+        Each piece is made when the one before it has been sent.
+        """
+        self.wait()
+        if self._came_back:
+            run, self._came_back = self._came_back, []
+            yield from self._read_all(run)
+        items, self._items = self._items, []
         out: list[bytes] = []
         size_bytes = position = 0
         while position < len(items) and not self.closing:
@@ -144,14 +239,6 @@ class Session:
         with self._under_way:
             pass
 
-    def finish(self) -> Iterator[bytes]:
-        """Wait until nothing is under way; the replies that are left to send."""
-        self.wait()
-        if self._came_back is not None:
-            (run, before), self._came_back = self._came_back, None
-            yield before
-            yield from self._read_all(run)
-
     # ---- Batches -------------------------------------------------------------------------------
 
     def _answer_run(self, items: Sequence[Item], position: int, out: list[bytes]) -> int:
@@ -164,15 +251,10 @@ class Session:
         assert not isinstance(first, KVError)
         if "write" in command.flags:
             run, end = self._gather(items, position, "write")
-            if not (self._is_last(items, end) and self._write_later(run, out)):
-                out += self._write(run)
+            out += self._write(run)
             return end
         if "read" in command.flags:
-            # What may take long must not hold up the thread of a peer.
-            run, end = self._gather(items, position, "read")
-            is_fast = all("fast" in kv_commands.lookup(argv).flags for argv in run)
-            if is_fast and self._is_last(items, end) and self._read_later(run, out):
-                return end
+            run, _ = self._gather(items, position, "read")
             replies = self._read(run)
             out += replies
             return position + len(replies)
@@ -182,9 +264,6 @@ class Session:
             reply = error
         out.append(self._encode(first, reply, 0))
         return position + 1
-
-    def _is_last(self, items: Sequence[Item], end: int) -> bool:
-        return end == len(items) and not self.parser.broken
 
     def _checked(self, item: Item) -> kv_commands.Command | KVError:
         if isinstance(item, KVError):
@@ -254,30 +333,14 @@ class Session:
         is_async = self.service.settings.replication == "async"
         return payloads, is_async and all(map(kv_commands.is_blind, run))
 
-    def _write_later(self, run: Sequence[Argv], out: list[bytes]) -> bool:
-        """Hand a run over, with the replies that go before its own; False: nothing was proposed."""
-        payloads, blind = self._payloads(run)
-        on_done = partial(self._on_written, run, b"".join(out))
-        self._under_way.acquire()
-        try:
-            self.node.propose_later(payloads, on_done, blind=blind)
-        except KVError:
-            self._under_way.release()
-            return False
-        out.clear()
-        return True
-
-    def _on_written(self, run: Sequence[Argv], before: bytes, pending: Pending) -> None:
-        replies = self._write_replies(run, pending)
-        self._deliver(b"".join([before, *replies]), None, self._under_way.release)
-
-    def _write_replies(self, run: Sequence[Argv], pending: Pending) -> list[bytes]:
+    def _write_replies(self, run: Sequence[Argv], pending: Pending, offset: int = 0) -> list[bytes]:
+        """The replies to a run that begins ``offset`` entries after the first of ``pending``."""
         if pending.error is not None:
             return self._encode_all(run, [pending.error] * len(run))
-        self.last_write_index = pending.last
+        self.last_write_index = pending.first + offset + len(run) - 1
         # Answered before it was applied: a blind write's reply is always OK.
-        replies = pending.replies or [OK] * len(run)
-        return self._encode_all(run, replies, pending.first)
+        replies = pending.replies[offset : offset + len(run)] or [OK] * len(run)
+        return self._encode_all(run, replies, pending.first + offset)
 
     def _encode_all(
         self, run: Sequence[Argv], replies: Sequence[Reply], first: int = 0
@@ -322,44 +385,6 @@ class Session:
                 if size_bytes > REPLIES_BYTES_MAX:
                     return
 
-    def _read_later(self, run: Sequence[Argv], out: list[bytes]) -> bool:
-        """Hand a run over, with the replies that go before its own; False: it was not taken."""
-        if self.reads_stale:
-            return False
-        on_done = partial(self._on_readable, run, b"".join(out))
-        self._under_way.acquire()
-        try:
-            self.node.read_later(on_done)
-        except KVError:
-            self._under_way.release()
-            return False
-        out.clear()
-        return True
-
-    def _on_readable(self, run: Sequence[Argv], before: bytes, pending: Pending) -> None:
-        if pending.error is None:
-            replies: list[Reply] = []
-            now_ms = self.service.now_ms()
-            try:
-                self._read_store(run, replies, now_ms)
-            except ExpiredKeysError as expired:
-                payload = kv_commands.encode_payload(now_ms, purge_request(expired.pairs))
-                try:
-                    again = partial(self._on_readable, run, before)
-                    self.node.propose_later([payload], again)
-                    return
-                except KVError as error:
-                    replies = [error] * len(run)
-            encoded = self._encode_all(run[: len(replies)], replies)
-            rest = run[len(replies) :]
-            more = self._read_all(rest) if rest else None
-            self._deliver(b"".join([before, *encoded]), more, self._under_way.release)
-        else:
-            # The client's thread has to see to it: wake it, as a lost leadership does anyway.
-            self._came_back = (run, before)
-            self._under_way.release()
-            self.stop_reading()
-
     def _purge(self, pairs: Sequence[tuple[bytes, int]], now_ms: int) -> KVError | None:
         """Delete keys whose deadline has passed, so that a read may say that they are gone.
 
@@ -371,6 +396,48 @@ class Session:
         except KVError as error:
             return error if error.definite else NoPrimaryError()  # a read is always definite
         return None
+
+    # ---- Handed over to a Batch ----------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A batch has what was received: nothing else is answered until ``end`` (or it fails)."""
+        self._under_way.acquire()
+        self._items = []
+
+    def take_back(self, run: Sequence[Argv]) -> None:
+        """The batch was not begun: ``answer`` them after all."""
+        self._items = [list(argv) for argv in run]
+        self._under_way.release()
+
+    def end_writes(self, run: Sequence[Argv], pending: Pending, offset: int) -> None:
+        """A run was applied, or failed."""
+        replies = self._write_replies(run, pending, offset)
+        self._deliver(b"".join(replies), None, self._under_way.release)
+
+    def end_reads(self, run: Sequence[Argv], pending: Pending) -> None:
+        """The store may be read for a run, or it can't."""
+        if pending.error is not None:
+            # The client's thread has to see to it: wake it, as a lost leadership does anyway.
+            self._came_back = run
+            self._under_way.release()
+            self.stop_reading()
+            return
+        replies: list[Reply] = []
+        now_ms = self.service.now_ms()
+        try:
+            self._read_store(run, replies, now_ms)
+        except ExpiredKeysError as expired:
+            payload = kv_commands.encode_payload(now_ms, purge_request(expired.pairs))
+            try:
+                self.node.propose_later([payload], partial(self.end_reads, run))
+            except KVError as error:
+                replies = [error] * len(run)
+            else:
+                return
+        encoded = self._encode_all(run[: len(replies)], replies)
+        rest = run[len(replies) :]
+        more = self._read_all(rest) if rest else None
+        self._deliver(b"".join(encoded), more, self._under_way.release)
 
     # ---- Replies -------------------------------------------------------------------------------
 

@@ -12,8 +12,8 @@ Rule 3: a bug ends the process loudly; a client's mistake ends at most its own c
 Exit status: 0 stopped by a signal, 1 a fault (it may be started again), 2 wrong settings, 78 its
 data or its name are not right here (starting it again can't help).
 
-Threads: ``main`` waits for signals, ``accept-clients`` accepts, ``client-N`` serves one
-connection. The rest are of ``raft_node.py``. Read on in ``kv_session.py``.
+Threads: ``main`` waits for signals, ``accept-clients`` accepts, ``read-clients`` reads what is
+answered at once, ``client-N`` serves one connection where that takes longer. The rest are of ``raft_node.py``. Read on in ``kv_session.py``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import gc
 import json
 import logging
 import os
+import select
 import signal
 import socket
 import socketserver
@@ -33,10 +34,15 @@ from collections.abc import Callable, Iterable, Sequence
 
 import kv_commands
 from kv_config import Address, ConfigError, Settings, parse_settings
-from kv_session import VERSION, Service, Session
+from kv_session import VERSION, Batch, Service, Session
 from kv_store import KeyValueStore, purge_request
 from raft_node import NodeConfig, NodeRole, RaftNode, found_cluster
-from raft_transport import PeerListener, PeerPortError, send_without_waiting
+from raft_transport import (
+    PeerListener,
+    PeerPortError,
+    Receiver,
+    send_without_waiting,
+)
 from raft_types import Identity, Member, new_id
 from raft_types import Member as NodeInfo
 from replication_log import DataDirError, ReplicationLog
@@ -48,6 +54,7 @@ log = logging.getLogger(__name__)
 EXIT_FAULT = 1
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: whoever restarts us should not
 RECEIVE_BYTES = 64 * 1024
+READY_MAX = 256  # connections that become one batch
 # A request that has begun must go on within this, and a reply be read: else the thread is free.
 STALL_S = 60
 JOIN_INTERVAL_S = 0.5
@@ -64,7 +71,11 @@ class StartError(Exception):
 
 
 class ClientHandler(socketserver.BaseRequestHandler):
-    """One connection, on its thread ``client-N``."""
+    """One connection, on its thread ``client-N``, which sleeps while ``read-clients`` can serve it.
+
+    The thread is there for all that may take long: a request that arrives in pieces, a reader that
+    is slow, a command that is not short, a time without a primary.
+    """
 
     server: TCPServer  # type: ignore[mutable-override]  # that is who makes it
     request: socket.socket
@@ -75,12 +86,17 @@ class ClientHandler(socketserver.BaseRequestHandler):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         _set_stall(sock, socket.SO_SNDTIMEO, STALL_S)
         host, port = self.client_address[:2]
-        session = Session(
+        self.session = session = Session(
             self.server.service,
             f"{host}:{port}",
             deliver=self._deliver,
             stop_reading=lambda: _stop_reading(sock),
         )
+        # Released by ``read-clients`` when this thread is to go on.
+        self._turn = threading.Lock()
+        self._turn.acquire()
+        self._at_end = False
+        self._failure: Exception | None = None
         try:
             self._serve(sock, session)
             if session.parser.broken:
@@ -92,15 +108,42 @@ class ClientHandler(socketserver.BaseRequestHandler):
             self.server.service.sessions.pop(session.id, None)
 
     def _serve(self, sock: socket.socket, session: Session) -> None:
-        in_request = False
-        while not session.closing and (data := sock.recv(RECEIVE_BYTES)):
-            for replies in session.receive(data):
-                sock.sendall(replies)
-            if session.parser.has_partial != in_request:
-                in_request = not in_request
-                _set_stall(sock, socket.SO_RCVTIMEO, STALL_S if in_request else 0)
-        for replies in session.finish():
+        while not (session.closing or self._at_end):
+            self.server.reader.watch(self)
+            self._turn.acquire()
+            if self._failure is not None:
+                raise self._failure
+            self._answer(sock, session)
+            if session.parser.has_partial and not (session.closing or self._at_end):
+                _set_stall(sock, socket.SO_RCVTIMEO, STALL_S)
+                while session.parser.has_partial and not (session.closing or self._at_end):
+                    data = sock.recv(RECEIVE_BYTES)
+                    self._at_end = not data
+                    session.receive(data)
+                    self._answer(sock, session)
+
+    def _answer(self, sock: socket.socket, session: Session) -> None:
+        for replies in session.answer():
             sock.sendall(replies)
+
+    def take_in(self, receiver: Receiver, batch: Batch) -> bool:
+        """Called by ``read-clients``: read what is there, and let ``batch`` see to it if it can."""
+        try:
+            data = receiver.receive(self.request)
+        except BlockingIOError:
+            return True
+        except OSError:
+            data = b""
+        if not data:
+            self._at_end = True
+            return False
+        self.session.receive(data)
+        return self.session.hand_over(batch)
+
+    def resume(self, failure: Exception | None = None) -> None:
+        """Called by ``read-clients``: let the connection's own thread go on."""
+        self._failure = failure
+        self._turn.release()
 
     def _deliver(
         self, replies: bytes, more: Iterable[bytes] | None, sent: Callable[[], None]
@@ -157,6 +200,59 @@ def _close_gently(sock: socket.socket) -> None:
         unread_bytes -= len(data)
 
 
+class ClientReader:
+    """The thread ``read-clients``: reads for all connections whose own thread need not.
+
+    With many clients, each waking up for its own request would cost more than the requests. And
+    what all of them ask at once becomes one batch (docs/adr/0007).
+    """
+
+    def __init__(self, service: Service, on_fatal: Callable[[BaseException], None]) -> None:
+        self._service = service
+        self._on_fatal = on_fatal
+        self._epoll = select.epoll()
+        self._receiver = Receiver(RECEIVE_BYTES)
+        self._watched: dict[int, ClientHandler] = {}
+
+    def start(self) -> None:
+        """Begin to read."""
+        threading.Thread(target=self._run, name="read-clients", daemon=True).start()
+
+    def watch(self, handler: ClientHandler) -> None:
+        """Read for this connection until its ``resume`` is called. From its own thread."""
+        fd = handler.request.fileno()
+        self._watched[fd] = handler
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _run(self) -> None:
+        try:
+            while True:
+                self._read(self._epoll.poll(maxevents=READY_MAX))
+        except BaseException as error:
+            self._on_fatal(error)
+            raise
+
+    def _read(self, events: Sequence[tuple[int, int]]) -> None:
+        batch = Batch(self._service.node)
+        handlers: dict[Session, int] = {}
+        for fd, _ in events:
+            handler = self._watched[fd]
+            failure = None
+            try:
+                if handler.take_in(self._receiver, batch):
+                    handlers[handler.session] = fd
+                    continue
+            except Exception as error:  # noqa: BLE001  # a bug, which ends this connection only
+                failure = error
+            self._let_go(fd, failure)
+        for session in batch.start():
+            self._let_go(handlers[session])
+
+    def _let_go(self, fd: int, failure: Exception | None = None) -> None:
+        self._epoll.unregister(fd)
+        self._watched.pop(fd).resume(failure)
+
+
 class TCPServer(socketserver.ThreadingTCPServer):
     """Accepts clients, a thread each, up to ``--max-clients``."""
 
@@ -168,7 +264,8 @@ class TCPServer(socketserver.ThreadingTCPServer):
     def __init__(self, host: str, port: int) -> None:
         """Bind, so that a port in use is known at once; ``serve`` begins to listen."""
         super().__init__((host, port), ClientHandler, bind_and_activate=False)
-        self.service: Service  # set by ``serve``
+        self.service: Service  # these two are set by ``serve``
+        self.reader: ClientReader
         try:
             self.server_bind()
         except OSError as error:
@@ -178,9 +275,11 @@ class TCPServer(socketserver.ThreadingTCPServer):
                 "choose another with --port"
             ) from error
 
-    def serve(self, service: Service) -> None:
+    def serve(self, service: Service, on_fatal: Callable[[BaseException], None]) -> None:
         """Listen, and accept on the thread ``accept-clients``."""
         self.service = service
+        self.reader = ClientReader(service, on_fatal)
+        self.reader.start()
         self.server_activate()
         threading.Thread(
             target=self.serve_forever, args=(0.05,), name="accept-clients", daemon=True
@@ -362,7 +461,7 @@ class Server:
         """Serve until SIGTERM or SIGINT; returns the exit status."""
         self._clients.service = self.service
         self.node.start()
-        self._clients.serve(self.service)
+        self._clients.serve(self.service, self._die)
         # What was loaded stays: the collector need not look at it again and again.
         gc.freeze()
         log.info(

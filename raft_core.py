@@ -462,20 +462,24 @@ class RaftCore:
         if self._reads_waiting:
             self._start_read_round()
 
-    def wants_append(self, member_id: MemberId) -> bool:
-        """Whether ``append_for`` would give something for this member."""
+    def wants_append(self, member_id: MemberId, *, commit_may_wait: bool = False) -> bool:
+        """Whether ``append_for`` would give something for this member.
+
+        ``commit_may_wait``: a new commit index alone does not count; the next entries, most often
+        already on their way, carry it for nothing.
+        """
         progress = self.progress.get(member_id)
-        return progress is not None and (
-            self._may_carry_entries(progress) or self._is_due(progress)
-        )
+        if progress is None:
+            return False
+        if self._may_carry_entries(progress) or progress.sent_round < self.round:
+            return True
+        return not commit_may_wait and self._is_commit_news(progress)
 
     def _may_carry_entries(self, progress: Progress) -> bool:
         return progress.next_index <= self.log.last_index and progress.may_send_entries
 
-    def _is_due(self, progress: Progress) -> bool:
-        """A round has begun that this follower hasn't seen, or a commit it does not know of."""
-        if progress.sent_round < self.round:
-            return True
+    def _is_commit_news(self, progress: Progress) -> bool:
+        """Entries are committed that this follower has, and does not know to be."""
         known = progress.next_index - 1
         return (
             progress.state is ProgressState.REPLICATE
@@ -492,7 +496,7 @@ class RaftCore:
             if entries is None:
                 return EntriesOnDisk(progress.next_index, self.log.stable_index)
             return self._append_message(member_id, progress, entries)
-        if self._is_due(progress):
+        if progress.sent_round < self.round or self._is_commit_news(progress):
             return self._append_message(member_id, progress, ())
         return None
 

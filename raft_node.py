@@ -9,7 +9,7 @@ Rule 4: a write that was proposed ends in its reply or in UNKNOWN, never in a de
 | thread | does | waits on |
 |---|---|---|
 | raft-timer | ticks the core | the clock |
-| raft-log-writer | writes what gathered in another write, or of a crowd: one for all | disk |
+| raft-log-writer | writes what gathered while another thread wrote: one for all | disk |
 | raft-applier | applies what is read from disk, or left by others; upkeep of the store | disk |
 | raft-peer-NAME | dials a peer, pulls and pushes appends, heartbeats and votes | that socket |
 | raft-recv-NAME | reads a peer's frames, ``core.step``; writes (secondary), applies | socket, disk |
@@ -74,9 +74,9 @@ from replication_log import ReplicationLog
 log = logging.getLogger(__name__)
 
 TICK_S = 0.01
+# Under load, a new commit index that no entries take along is told this often.
+COMMIT_NEWS_S = 0.004
 APPLY_BYTES_MAX = 1024 * 1024
-# Above this many proposals answered at once, single ones are no longer written by their own thread.
-CROWD_MIN = 3
 UPKEEP_INTERVAL_S = 0.1
 # Below this the primary refuses writes, so that what it has accepted still fits.
 DISK_RESERVE_BYTES = 64 * 1024 * 1024
@@ -242,7 +242,7 @@ class RaftNode:
         self._primary_changed = threading.Condition(self._lock)
         self._stopping = False
         self._applied_index = store.applied_index
-        self._crowd = 0  # how many proposals were answered at once, the last time
+        self._commit_may_wait = False  # raft-timer is about to tell it
         self._applying = False  # one thread at a time, in the log's order
         self._waiting: deque[Pending] = deque()  # writes, by log index
         self._readers: set[Pending] = set()  # all that wait for a read index, or to reach it
@@ -334,11 +334,6 @@ class RaftNode:
             pending = self._pending_locked(first, first + len(payloads) - 1, on_done)
             pending.blind = blind and self.config.async_replication
             self._waiting.append(pending)
-            if self._crowd > CROWD_MIN:
-                # More will be proposed in a moment, by those who were answered together with this
-                # client. They join in while the writer's thread wakes up.
-                self._ready_due.notify()
-                return
             effects = self._pump_locked()
         self._settle(effects)
 
@@ -488,7 +483,9 @@ class RaftNode:
         """Notify whoever has work after the core has moved; returns what to do outside the lock."""
         core = self._core
         effects: list[Effect] = [
-            link.push for member_id, link in self._links.items() if core.wants_append(member_id)
+            link.push
+            for member_id, link in self._links.items()
+            if core.wants_append(member_id, commit_may_wait=self._commit_may_wait)
         ]
         for read_index, tokens in core.take_reads():
             effects += self._confirm_reads_locked(read_index, tokens)  # type: ignore[arg-type]
@@ -584,8 +581,9 @@ class RaftNode:
     def _run_timer(self) -> None:
         ticks_max = self._core.config.heartbeat_ticks
         last_s = self._clock()
+        last_commit = 0
         while not self._stopping:
-            time.sleep(TICK_S)
+            time.sleep(COMMIT_NEWS_S if self._commit_may_wait else TICK_S)
             now_s = self._clock()
             # A long pause of the process (SIGSTOP, suspend) counts as one heartbeat interval at
             # most: there may be news from the others in the sockets, to be read first (T60).
@@ -599,7 +597,11 @@ class RaftNode:
                         self._core.tick()
                 if self._lease.just_ended():
                     self._primary_changed.notify_all()
+                self._commit_may_wait = False
                 effects = self._pump_locked() + self._give_up_late_locked(now_s)
+                commit = self._core.commit_index
+                self._commit_may_wait = self._core.role is Role.LEADER and commit > last_commit
+                last_commit = commit
                 if self._core.has_ready:
                     self._ready_due.notify()
             _run(effects)
@@ -626,19 +628,30 @@ class RaftNode:
     def _do_due_work(self) -> None:
         with self._lock:
             ready = self._core.ready()
-        if ready is not None:
+        if ready is None:
+            self._apply_committed()
+        else:
             self._write(ready)
-        self._apply_committed()
 
     def _write(self, ready: Ready) -> None:
-        """Make it durable, then let its messages go. One at a time: the core gives out no other."""
+        """Make it durable, let its messages go, and apply what is committed now.
+
+        One at a time: the core gives out no other.
+        """
         if ready.hard_state is not None or ready.entries:
             self._disk.append(ready.hard_state, ready.entries)
         with self._lock:
             effects = self._advance_locked(ready)
             if self._core.has_ready:
                 self._ready_due.notify()  # more has gathered; this thread has its own work
+            leads = self._core.role is Role.LEADER
+        # A leader's clients come first: their next requests, and with them the next frames, wait
+        # for these replies. Of a secondary it is the leader that waits.
+        if leads:
+            self._apply_committed()
         _run(effects)
+        if not leads:
+            self._apply_committed()
 
     def _apply_committed(self) -> None:
         """Apply what is committed, unless another thread is at it; that one then goes on."""
@@ -670,7 +683,6 @@ class RaftNode:
             _run(effects)
             if ready is not None:
                 self._write(ready)
-                self._apply_committed()
             if self._clock() >= next_check_s:
                 next_check_s = self._clock() + DISK_CHECK_INTERVAL_S
                 self._check_disk_space()
@@ -763,7 +775,6 @@ class RaftNode:
                 break
             waiting.popleft()
             done.append(pending.finish)
-        self._crowd = len(done)
         while self._readers_at and self._readers_at[0][0] <= last:
             done += self._finish_readers_locked(self._readers_at.pop(0)[1])
         return done
@@ -878,9 +889,10 @@ class RaftNode:
             if leads and core.has_ready:
                 self._ready_due.notify()
         if leads:
-            # Its answers from peers must not wait for its own disk.
-            _run(effects)
+            # Its answers from peers must not wait for its own disk. The clients' come first, as in
+            # ``_write``.
             self._apply_committed()
+            _run(effects)
         else:
             self._settle(effects)
 

@@ -30,7 +30,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, cast
 
 from raft_frames import (
     PREFIX_BYTES,
@@ -79,17 +79,38 @@ def send_without_waiting(sock: socket.socket, data: bytes) -> int:
     return sent
 
 
-def _load_send() -> Callable[[int, bytes, int, int], int] | None:
+class Receiver:
+    """Receives for one thread what has arrived on any socket, keeping the interpreter's lock."""
+
+    def __init__(self, bytes_max: int) -> None:
+        self._bytes_max = bytes_max
+        space = bytearray(bytes_max)
+        self._view = memoryview(space)
+        self._space = (ctypes.c_char * bytes_max).from_buffer(space)
+
+    def receive(self, sock: socket.socket) -> bytes:
+        """What is there; b"" at the end. Raises OSError, BlockingIOError if there is nothing."""
+        if _libc_recv is None:
+            return sock.recv(self._bytes_max, socket.MSG_DONTWAIT)
+        count = _libc_recv(sock.fileno(), self._space, self._bytes_max, socket.MSG_DONTWAIT)
+        if count < 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return self._view[:count].tobytes()
+
+
+def _load(name: str) -> Callable[[int, object, int, int], int] | None:
     try:
-        send = ctypes.PyDLL(None, use_errno=True).send
+        call = getattr(ctypes.PyDLL(None, use_errno=True), name)
     except (OSError, AttributeError):
         return None  # no such library here: slower, not different
-    send.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_size_t, ctypes.c_int)
-    send.restype = ctypes.c_ssize_t
-    return send
+    call.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    call.restype = ctypes.c_ssize_t
+    return cast(Callable[[int, object, int, int], int], call)
 
 
-_libc_send = _load_send()
+_libc_send = _load("send")
+_libc_recv = _load("recv")
 
 
 def _receive_handshake(sock: socket.socket, timeout_s: float) -> Hello | Refused:
