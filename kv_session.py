@@ -41,7 +41,8 @@ from kv_errors import (
 from kv_protocol import Item, RequestParser, encode_line, encode_reply, line_key, line_value
 from kv_store import ExpiredKeysError, KeyValueStore, purge_request
 from kv_types import OK, Reply, SimpleString, Verbatim
-from raft_node import NodeStatus, Pending, RaftNode
+from raft_node import RaftNode
+from raft_status import NodeStatus, Pending
 from raft_types import Member, MemberId
 
 VERSION: Final = "0.1.0"

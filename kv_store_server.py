@@ -36,7 +36,8 @@ import kv_commands
 from kv_config import Address, ConfigError, Settings, parse_settings
 from kv_session import VERSION, Batch, Service, Session
 from kv_store import KeyValueStore, purge_request
-from raft_node import NodeConfig, NodeRole, RaftNode, found_cluster
+from raft_node import NodeConfig, RaftNode, found_cluster
+from raft_status import NodeRole
 from raft_transport import (
     PeerListener,
     PeerPortError,

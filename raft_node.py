@@ -30,14 +30,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
-from typing import Protocol
 
 from kv_errors import (
     BadRequestError,
     BusyError,
-    KVError,
     NoPrimaryError,
     NoSpaceError,
     NotPrimaryError,
@@ -55,6 +52,7 @@ from raft_core import (
 )
 from raft_frames import Hello, encode_message
 from raft_log import RaftLog
+from raft_status import MemberStatus, NodeRole, NodeStatus, Pending, StateMachine, wait_for
 from raft_transport import PeerLink, PeerListener
 from raft_types import (
     Entry,
@@ -85,27 +83,6 @@ DISK_CHECK_INTERVAL_S = 1.0
 Effect = Callable[[], object]
 
 
-class StateMachine(Protocol):
-    """What the driver needs of the store. Called with ``store_lock`` held."""
-
-    @property
-    def applied_index(self) -> int:
-        """The index of the last entry applied or skipped."""
-
-    @property
-    def state_hash(self) -> int:
-        """Order-independent, the same on every node that has applied the same index."""
-
-    def apply(self, index: int, data: bytes) -> Reply:
-        """The reply to the command at ``index``; deterministic."""
-
-    def skip(self, index: int) -> None:
-        """The entry at ``index`` is not for the state machine."""
-
-    def hash_at(self, index: int) -> int | None:
-        """The state hash at a recent index; None if it is not known (any more)."""
-
-
 @dataclass(frozen=True, slots=True)
 class NodeConfig:
     """Times in seconds."""
@@ -123,75 +100,6 @@ class NodeConfig:
             election_ticks_min=round(self.election_timeout_min_s / TICK_S),
             election_ticks_max=round(self.election_timeout_max_s / TICK_S),
         )
-
-
-class NodeRole(StrEnum):
-    """What a node is to its users."""
-
-    PRIMARY = "PRIMARY"
-    SECONDARY = "SECONDARY"
-    CANDIDATE = "CANDIDATE"  # asks for votes: there is no primary that it knows of
-    LEARNER = "LEARNER"  # holds the data, or is catching up; has no vote
-
-
-@dataclass(frozen=True, slots=True)
-class MemberStatus:
-    """A member as this node sees it; ``match_index`` and ``lag`` only where this node leads."""
-
-    member: Member
-    is_primary: bool
-    match_index: int | None
-    lag: int | None
-    link: str  # from this node to it: "up", or why not; "" for this node itself
-
-
-@dataclass(frozen=True, slots=True)
-class NodeStatus:
-    """A consistent picture of this node."""
-
-    identity: Identity
-    role: NodeRole
-    term: int
-    primary: Member | None
-    commit_index: int
-    applied_index: int
-    last_index: int
-    state_hash: int
-    voters: int
-    failures_tolerated: int
-    members: tuple[MemberStatus, ...]
-    trouble: str  # why this node does not serve (all), for a person; "" if all is well
-
-
-class Pending:
-    """One batch of writes, or one read, under way; ``on_done`` is called once, with no lock held.
-
-    Then ``error`` is set, or for writes ``replies``: one each, or none if they were answered
-    before they were applied (asynchronous replication, where the reply is known beforehand).
-    """
-
-    __slots__ = ("blind", "deadline_s", "error", "first", "last", "on_done", "replies", "term")
-
-    def __init__(
-        self,
-        first: int,
-        last: int,
-        term: int,
-        deadline_s: float,
-        on_done: Callable[[Pending], None],
-    ) -> None:
-        self.first = first  # log indexes; of a read: 0, and the least index that it must see
-        self.last = last
-        self.term = term
-        self.blind = False
-        self.deadline_s = deadline_s
-        self.on_done = on_done
-        self.replies: list[Reply] = []
-        self.error: KVError | None = None
-
-    def finish(self) -> None:
-        """Tell whoever waits for it."""
-        self.on_done(self)
 
 
 class RaftNode:
@@ -306,7 +214,7 @@ class RaftNode:
 
     def propose(self, payloads: Sequence[bytes], *, blind: bool = False) -> Pending:
         """``propose_later``, and wait until it is done. Raises its error."""
-        return _wait_for(partial(self.propose_later, payloads, blind=blind))
+        return wait_for(partial(self.propose_later, payloads, blind=blind))
 
     def propose_later(
         self,
@@ -344,7 +252,7 @@ class RaftNode:
 
     def read_barrier(self) -> None:
         """``read_later``, and wait until it is done. Raises its error."""
-        _wait_for(self.read_later)
+        wait_for(self.read_later)
 
     def read_later(self, on_done: Callable[[Pending], None]) -> None:
         """``on_done`` is called when reading the store is linearizable. Source: thesis 6.4.
@@ -968,24 +876,6 @@ class _Lease:
             return False
         self._wait_until_s = 0.0
         return True
-
-
-def _wait_for(begin: Callable[[Callable[[Pending], None]], None]) -> Pending:
-    """Begin something, sleep until it is done, and return it. Raises its error."""
-    done: list[Pending] = []
-    wakeup = threading.Lock()
-    wakeup.acquire()
-
-    def on_done(pending: Pending) -> None:
-        done.append(pending)
-        wakeup.release()
-
-    begin(on_done)
-    wakeup.acquire()
-    (pending,) = done
-    if pending.error is not None:
-        raise pending.error
-    return pending
 
 
 def _run(effects: Sequence[Effect]) -> None:

@@ -31,7 +31,8 @@ from kv_errors import (
 from kv_store import KeyValueStore
 from kv_types import Reply
 from raft_log import RaftLog
-from raft_node import NodeConfig, NodeRole, NodeStatus, RaftNode
+from raft_node import NodeConfig, RaftNode
+from raft_status import NodeRole, NodeStatus
 from raft_transport import PeerHandler, PeerListener
 from raft_types import (
     Entry,
