@@ -3,38 +3,32 @@
 Rule 1: a cluster is founded once. ``--primary`` is given to node1 only while no founding record
 (``cluster.json``) stands beside the node directories and none of these holds data; a node that
 lost its directory joins again, and never founds a second cluster.
-Rule 2: a process is known by pid *and* creation time, never by its name.
-Rule 3: the nodes outlive the manager. Whatever fails, only what this start started is stopped.
-Rule 4: nodes are reached as any client reaches them, with STATUS in the line language.
+Rule 2: the nodes outlive the manager. Whatever fails, only what this start started is stopped.
 
 Files, under the data directory: ``node1/`` (the node's own), ``node1.log`` (its output, appended),
 ``node1.pid`` (there from the start until an orderly stop), ``cluster.json``, ``cluster.lock``.
 
-Thread ``main`` calls everything here; a pool asks all nodes at once. Read on in
-``kv_store_server.py``, which is what is started.
+Thread ``main`` calls everything here; a pool asks all nodes at once. The nodes' processes are in
+``cluster_nodes.py``. Read on in ``kv_store_server.py``, which is what is started.
 """
 
 from __future__ import annotations
 
 import argparse
-import errno
 import fcntl
 import functools
 import json
 import os
-import secrets
 import signal
-import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
-from subprocess import DEVNULL
 from typing import Final
 
 import psutil
@@ -43,6 +37,24 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from cluster_nodes import (
+    POLL_S,
+    ClusterStatus,
+    ManagerError,
+    Node,
+    NodeStatus,
+    Processes,
+    Report,
+    Spawn,
+    counted,
+    ending,
+    free_ports,
+    is_free,
+    port_user,
+    summarize,
+    voters_of,
+    write_durably,
+)
 from kv_config import (
     PEER_PORT_OFFSET,
     PORT_MAX,
@@ -52,25 +64,17 @@ from kv_config import (
     parse_settings,
 )
 
-Report = Callable[[str], object]
-Spawn = Callable[..., psutil.Popen]
+__all__ = ["ClusterBusyError", "ClusterManager", "ManagerError", "main"]
 
 NODES_DEFAULT: Final = 3
 BASE_PORT_DEFAULT: Final = 6379
 SERVER_SCRIPT: Final = Path(__file__).with_name("kv_store_server.py")
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 10.0  # as Docker's, before it kills
-ANSWER_TIMEOUT_S: Final = 1.0
-ANSWER_BYTES_MAX: Final = 1024**2
 LOCK_TIMEOUT_S: Final = 5.0
-POLL_S: Final = 0.1
 WATCH_S: Final = 0.5
 RECORD_NAME: Final = "cluster.json"
 NOT_RUNNING: Final = "The cluster is not running."
-LOG_LINES_SHOWN: Final = 15
-LOG_BYTES_READ: Final = 64 * 1024
-# btime in /proc/stat, from which creation times are computed, moves when the clock is set.
-CREATE_TIME_TOLERANCE_S: Final = 1.0
 # How a node ends that must not be restarted: wrong data, wrong cluster, removed (raft-traps T65).
 EXIT_CONFIG: Final = os.EX_CONFIG
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
@@ -81,55 +85,11 @@ STABLE_S: Final = 60.0  # a node that ran so long starts with a fresh back-off
 OWN_FLAGS: Final = ("--node-id", "--port", "--peer-port", "--data-dir", "--join", "--primary")
 
 
-class ManagerError(Exception):
-    """The cluster is not as it should be; ``str(error)`` says what is wrong and what to do."""
-
-
 class ClusterBusyError(ManagerError):
     """Another manager starts or stops nodes of the same data directory."""
 
 
-# ---- What is managed, and what is seen of it -----------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Node:
-    """Where a node stands: its name, its addresses and its files."""
-
-    node_id: str
-    listen_host: str
-    address: Address  # that clients and peers are given
-    peer_port: int
-    directory: Path
-    flags: tuple[str, ...]  # that make it this node and no other
-
-    @property
-    def port(self) -> int:
-        return self.address[1]
-
-    @property
-    def reached_at(self) -> Address:
-        """Where the manager asks it: on this host, whatever address others use."""
-        loopback = {"0.0.0.0": "127.0.0.1", "::": "::1"}
-        return loopback.get(self.listen_host, self.listen_host), self.port
-
-    @property
-    def log(self) -> Path:
-        return self.directory.with_name(f"{self.node_id}.log")
-
-    @property
-    def pid_file(self) -> Path:
-        return self.directory.with_name(f"{self.node_id}.pid")
-
-    def holds_data(self) -> bool:
-        """True if the node belongs to a cluster; False if it may still found or join any."""
-        try:
-            identity = json.loads((self.directory / "identity.json").read_bytes())
-            return bool(identity["cluster_id"])
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, KeyError, TypeError):
-            return True  # what cannot be read is not taken for nothing: the node itself will tell
+# ---- What is recorded and remembered -------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,191 +114,12 @@ class Founding:
             ) from error
 
 
-@dataclass(frozen=True, slots=True)
-class NodeStatus:
-    """One row of the status; None is what is not known, because the node does not tell."""
-
-    node_id: str
-    port: int
-    pid: int | None = None
-    alive: bool = False  # its process runs, or something answers for it
-    role: str | None = None
-    term: int | None = None
-    commit_index: int | None = None
-    applied_index: int | None = None
-    lag: int | None = None  # entries that the primary has committed and this node has not applied
-    keys: int | None = None
-    memory_bytes: int | None = None
-    cpu_percent: float | None = None
-    uptime_seconds: float | None = None
-    voter: bool = False
-    member_id: str | None = None
-    cluster_id: str | None = None
-    problem: str | None = None  # why the node does not count
-
-    def told(self, status: Mapping[str, object]) -> NodeStatus:
-        """This row with what the node's STATUS says. Raises ValueError if it is not a node's."""
-
-        def number(name: str) -> float:
-            value = status.get(name)
-            if not isinstance(value, int | float):
-                raise ValueError(f"its STATUS has no number {name!r}")
-            return value
-
-        if status.get("node_id") != self.node_id:
-            raise ValueError(f"it is {status.get('node_id')}")
-        return replace(
-            self,
-            alive=True,
-            role=str(status.get("role")),
-            term=int(number("term")),
-            commit_index=int(number("commit_index")),
-            applied_index=int(number("applied_index")),
-            keys=int(number("keys")),
-            uptime_seconds=number("uptime_seconds"),
-            member_id=str(status.get("member_id")),
-            # Empty until the node has founded or joined a cluster.
-            cluster_id=str(status.get("cluster_id") or "") or None,
-            problem=None,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class ClusterStatus:
-    """The cluster as it is seen from here at one moment."""
-
-    healthy: bool  # a majority of the voters follows a primary
-    primary: str | None  # its node id
-    failures_tolerated: int  # so many more voters may fail now
-    cluster_id: str | None
-    nodes: tuple[NodeStatus, ...]
-
-
-def _summarize(
-    nodes: Sequence[NodeStatus], primary: NodeStatus | None, voters: frozenset[str]
-) -> ClusterStatus:
-    """What was seen of the nodes, completed by what ``primary`` says of them."""
-    rows, following = [], 0
-    for node in nodes:
-        if primary and node.cluster_id and node.cluster_id != primary.cluster_id:
-            node = replace(node, problem=f"belongs to another cluster, {node.cluster_id}")
-        if primary and node.applied_index is not None and not node.problem:
-            behind = (primary.commit_index or 0) - node.applied_index
-            node = replace(node, lag=max(0, behind), voter=node.member_id in voters)
-            following += node.voter and node.term == primary.term
-        rows.append(node)
-    majority = len(voters) // 2 + 1
-    return ClusterStatus(
-        healthy=following >= majority,
-        primary=primary.node_id if primary else None,
-        failures_tolerated=max(0, following - majority),
-        cluster_id=primary.cluster_id if primary else None,
-        nodes=tuple(rows),
-    )
-
-
 def _primary(nodes: Iterable[NodeStatus], founded: Founding | None) -> NodeStatus | None:
     """The primary of the highest term: one that was cut off may not know yet that it was."""
     claims = [node for node in nodes if node.role == "PRIMARY"]
     if founded:
         claims = [node for node in claims if node.cluster_id == founded.cluster_id]
     return max(claims, key=lambda node: node.term or 0, default=None)
-
-
-# ---- Sockets, ports and files --------------------------------------------------------------------
-
-
-def ask(address: Address, command: str) -> Mapping[str, object]:
-    """The JSON object with which the node at ``address`` answers a line.
-
-    Raises OSError if nobody answers in time, ValueError if the answer is not a node's.
-    """
-    deadline = time.monotonic() + ANSWER_TIMEOUT_S
-    line = b""
-    with socket.create_connection(address, timeout=ANSWER_TIMEOUT_S) as connection:
-        connection.sendall(command.encode() + b"\n")
-        while not line.endswith(b"\n"):
-            connection.settimeout(max(0.001, deadline - time.monotonic()))
-            received = connection.recv(65536)
-            if not received:
-                raise ConnectionResetError("it closed the connection")
-            line += received
-            if len(line) > ANSWER_BYTES_MAX:
-                raise ValueError("its answer has no end")
-    answer: object = json.loads(line)
-    if not isinstance(answer, dict) or answer.get("status") != "OK":
-        raise ValueError(f"it answers {line[:80]!r}")
-    return answer
-
-
-def _voters(address: Address) -> frozenset[str]:
-    """The member ids of the voters, as the primary at ``address`` names them (none if it fails)."""
-    with suppress(OSError, ValueError):
-        members = ask(address, "CLUSTER").get("members")
-        if isinstance(members, list):
-            return frozenset(str(m["member_id"]) for m in members if m["voter"])
-    return frozenset()
-
-
-def free_ports(count: int) -> list[int]:
-    """``count`` ports in a row that are free now, as are the peer ports belonging to them."""
-    for _ in range(1000):
-        # Both kinds lie below the ports that outgoing connections are given (from 32768 on Linux).
-        first = 10_000 + secrets.randbelow(10_000)
-        ports = list(range(first, first + count))
-        peer_ports = [port + PEER_PORT_OFFSET for port in ports]
-        if all(_is_free("127.0.0.1", port) for port in (*ports, *peer_ports)):
-            return ports
-    raise ManagerError(f"no {count} free ports in a row were found")
-
-
-def _is_free(host: str, port: int) -> bool:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            return False
-        raise ManagerError(f"cannot listen on {host}:{port}: {error.strerror}") from error
-    return True
-
-
-def _port_user(port: int) -> str:
-    """Who listens on ``port``, as far as this user may see."""
-    with suppress(psutil.Error):  # macOS shows connections to root only
-        for connection in psutil.net_connections(kind="tcp"):
-            listens = connection.status == psutil.CONN_LISTEN
-            if listens and connection.pid and connection.laddr and connection.laddr[1] == port:
-                command = " ".join(psutil.Process(connection.pid).cmdline())
-                return f"pid {connection.pid} ({command[:160]})"
-    return "a process that this user may not see"
-
-
-def _write_durably(path: Path, fields: Mapping[str, object]) -> None:
-    """Replace ``path`` so that a crash leaves the old or the new file (raft-traps T7)."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(fields, file)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
-
-
-def _counted(count: int, thing: str) -> str:
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
-
-
-def _ending(status: int | None) -> str:
-    """How a process ended, for people; it is not known (None) of another process' child."""
-    if status is None:
-        return "ended"
-    return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
 
 
 @dataclass(slots=True)
@@ -415,17 +196,11 @@ class ClusterManager:
         self._record_path = data_dir / RECORD_NAME
         self._base_port = free_ports(nodes)[0] if base_port is None else base_port
         self._server_args = tuple(server_args)
-        self._spawn_process = spawn
         self._clock = clock
+        self._processes = Processes(spawn, clock, stop_timeout_s)
         self._program = (python, str(server_script))
         self._start_timeout_s = start_timeout_s
-        self._stop_timeout_s = stop_timeout_s
         self.nodes = tuple(self._place(number) for number in range(1, nodes + 1))
-        # By node id. Only what this manager started itself: their exit status can be known.
-        self._children: dict[str, psutil.Popen] = {}
-        self._log_offsets: dict[str, int] = {}  # where this start's lines begin
-        # By node id. Kept, because CPU is measured from one look to the next.
-        self._watched: dict[str, psutil.Process] = {}
         self._restarts = {node.node_id: _Restarts() for node in self.nodes}
 
     @property
@@ -451,19 +226,19 @@ class ClusterManager:
 
     def _start_locked(self, report: Report, progress: Report) -> None:
         deadline = self._clock() + self._start_timeout_s
-        missing = [node for node in self.nodes if not self._process(node)]
+        missing = [node for node in self.nodes if not self._processes.find(node)]
         founding = self._check_may_start(missing)
         count = len(self.nodes)
         if not missing:
             self._await_ready(deadline, progress)
-            runs = f"{_counted(count, 'node')}, primary {self.status().primary}"
+            runs = f"{counted(count, 'node')}, primary {self.status().primary}"
             report(f"The cluster runs already ({runs}).")
             return
         if len(missing) == count:
             kinds = f"1 primary + {count - 1} secondary"
-            report(f"Starting KV Store Cluster ({_counted(count, 'node')}: {kinds})...")
+            report(f"Starting KV Store Cluster ({counted(count, 'node')}: {kinds})...")
         else:
-            report(f"{count - len(missing)} of {_counted(count, 'node')} run already.")
+            report(f"{count - len(missing)} of {counted(count, 'node')} run already.")
         started: list[Node] = []
         try:
             for node in missing:
@@ -477,7 +252,7 @@ class ClusterManager:
                     self._await_founded(node, deadline, progress)
             self._await_ready(deadline, progress)
         except BaseException:
-            self._end(started, _nothing)
+            self._processes.end(started, _nothing)
             raise
         report("Cluster started successfully!")
 
@@ -492,10 +267,10 @@ class ClusterManager:
             )
         for node in missing:
             for port, users in ((node.port, "clients"), (node.peer_port, "peers")):
-                if not _is_free(node.listen_host, port):
+                if not is_free(node.listen_host, port):
                     raise ManagerError(
                         f"port {port} ({node.node_id}, for {users}) is in use by "
-                        f"{_port_user(port)}: end that process, or give another --base-port"
+                        f"{port_user(port)}: end that process, or give another --base-port"
                     )
         nobody = len(missing) == len(self.nodes) and not any(n.holds_data() for n in self.nodes)
         if record and nobody:
@@ -508,7 +283,7 @@ class ClusterManager:
 
     def _await_founded(self, node: Node, deadline: float, progress: Report) -> None:
         """Wait until the first node has founded its cluster, and record which one that is."""
-        while not (cluster_id := self._look(node).cluster_id):
+        while not (cluster_id := self._processes.look(node).cluster_id):
             self._check_alive((node,))
             progress(f"{node.node_id} founds the cluster")
             self._pause(deadline, f"{node.node_id} has not founded the cluster")
@@ -541,9 +316,12 @@ class ClusterManager:
 
     def _check_alive(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
-            if not self._process(node):
-                ending = f"{_ending(self._exit_status(node))} while the cluster was starting"
-                raise ManagerError(f"{node.node_id} {ending}. {self._log_end(node)}")
+            if not self._processes.find(node):
+                how = ending(self._processes.exit_status(node))
+                raise ManagerError(
+                    f"{node.node_id} {how} while the cluster was starting. "
+                    f"{self._processes.log_end(node)}"
+                )
 
     def _check_one_cluster(self, status: ClusterStatus) -> None:
         ids = {node.node_id: node.cluster_id for node in status.nodes if node.cluster_id}
@@ -575,45 +353,16 @@ class ClusterManager:
             self._start_locked(report, progress)
 
     def _stop_locked(self, report: Report) -> None:
-        if not any(self._process(node) for node in self.nodes):
+        if not any(self._processes.find(node) for node in self.nodes):
             report(NOT_RUNNING)
         else:
             # The primary last, so that no election is held among nodes that are about to stop.
             primary = self.status().primary
-            self._end([node for node in self.nodes if node.node_id != primary], report)
-            self._end([node for node in self.nodes if node.node_id == primary], report)
+            self._processes.end([node for node in self.nodes if node.node_id != primary], report)
+            self._processes.end([node for node in self.nodes if node.node_id == primary], report)
             report("Cluster stopped.")
         for node in self.nodes:
             node.pid_file.unlink(missing_ok=True)  # stale ones too
-
-    def _end(self, nodes: Sequence[Node], report: Report) -> None:
-        """End the processes of ``nodes``; an interruption ends the patience with them."""
-        try:
-            for node in nodes:
-                if process := self._process(node):
-                    report(f"Stopping {node.node_id} (pid {process.pid})...")
-                    with suppress(psutil.NoSuchProcess):
-                        process.terminate()
-                        process.resume()  # one that is suspended would not notice
-            self._await_end(nodes)
-        finally:
-            for node in nodes:
-                if process := self._process(node):
-                    seconds = f"{self._stop_timeout_s:g} s"
-                    report(f"{node.node_id} did not stop within {seconds}: killed with SIGKILL.")
-                    self._kill(node, process)
-                node.pid_file.unlink(missing_ok=True)
-
-    def _kill(self, node: Node, process: psutil.Process) -> None:
-        with suppress(psutil.NoSuchProcess):
-            process.kill()
-        self._await_end((node,))
-
-    def _await_end(self, nodes: Iterable[Node]) -> None:
-        # Not psutil's wait(), which waits for a zombie too: who adopted it may reap it late.
-        deadline = self._clock() + self._stop_timeout_s
-        while any(self._process(node) for node in nodes) and self._clock() < deadline:
-            time.sleep(POLL_S / 2)
 
     # ---- One node, for tests, demos and the monitor ----
 
@@ -621,13 +370,13 @@ class ClusterManager:
         """Start a node that does not run, without waiting for it; the pid of its process."""
         with self._exclusively():
             node = self.node(node_id)
-            if process := self._process(node):
+            if process := self._processes.find(node):
                 raise ManagerError(f"{node_id} runs already, with pid {process.pid}")
-            return self._spawn(node, primary=False)
+            return self._spawn(node)
 
     def kill_node(self, node_id: str) -> None:
         """SIGKILL: the node ends at once, as in a crash. Its pid file stays."""
-        self._kill(self.node(node_id), self._running(node_id))
+        self._processes.kill(self.node(node_id), self._running(node_id))
 
     def suspend(self, node_id: str) -> None:
         """SIGSTOP: the node hangs, with its connections open, until ``resume``."""
@@ -637,7 +386,7 @@ class ClusterManager:
         self._running(node_id).resume()
 
     def _running(self, node_id: str) -> psutil.Process:
-        process = self._process(self.node(node_id))
+        process = self._processes.find(self.node(node_id))
         if process is None:
             raise ManagerError(f"{node_id} does not run")
         return process
@@ -647,35 +396,10 @@ class ClusterManager:
     def status(self) -> ClusterStatus:
         """The cluster as it is now; it takes no longer than one slow answer."""
         with ThreadPoolExecutor(len(self.nodes), thread_name_prefix="ask") as pool:
-            seen = list(pool.map(self._look, self.nodes))
+            seen = list(pool.map(self._processes.look, self.nodes))
         primary = _primary(seen, self._founding())
-        voters = _voters(self.node(primary.node_id).reached_at) if primary else frozenset()
-        return _summarize(seen, primary, voters)
-
-    def _look(self, node: Node) -> NodeStatus:
-        """What is seen of one node. On a pool thread: touches only what belongs to ``node``."""
-        seen = NodeStatus(node.node_id, node.port, problem="does not run")
-        if process := self._process(node):
-            with suppress(psutil.Error):
-                if self._watched.get(node.node_id) != process:
-                    self._watched[node.node_id] = process
-                known = self._watched[node.node_id]
-                seen = replace(
-                    seen,
-                    pid=process.pid,
-                    alive=True,
-                    memory_bytes=process.memory_info().rss,
-                    # Since the last look; 0 at the first one, which is why there is a second.
-                    cpu_percent=known.cpu_percent() or known.cpu_percent(interval=POLL_S),
-                    problem="does not answer",
-                )
-        try:
-            return seen.told(ask(node.reached_at, "STATUS"))
-        except OSError as error:
-            why = f": {error.strerror or error}" if seen.alive else ""
-            return replace(seen, problem=f"{seen.problem}{why}")
-        except ValueError as error:
-            return replace(seen, problem=f"does not answer on port {node.port}: {error}")
+        voters = voters_of(self.node(primary.node_id).reached_at) if primary else frozenset()
+        return summarize(seen, primary, voters)
 
     # ---- Monitor ----
 
@@ -701,79 +425,32 @@ class ClusterManager:
 
     def _watch_locked(self, node: Node) -> Iterator[str]:
         restarts, now = self._restarts[node.node_id], self._clock()
-        if self._process(node) or not node.pid_file.exists():
+        if self._processes.find(node) or not node.pid_file.exists():
             # It runs, or was stopped on purpose, which is no death either.
             restarts.due, restarts.given_up = None, False
         elif restarts.due is None and not restarts.given_up:
-            status = self._exit_status(node)
+            status = self._processes.exit_status(node)
             if status == EXIT_CONFIG:
                 restarts.given_up = True
                 yield (
                     f"{node.node_id} exited with status {EXIT_CONFIG}: its data or its cluster is "
-                    f"wrong, so it is not restarted. {self._log_end(node)}"
+                    f"wrong, so it is not restarted. {self._processes.log_end(node)}"
                 )
                 return
             pause_s = restarts.died(now)
             when = f"in {pause_s:g} s" if pause_s else "now"
-            yield f"{node.node_id} {_ending(status)}; it is restarted {when}."
+            yield f"{node.node_id} {ending(status)}; it is restarted {when}."
         if restarts.due is not None and restarts.due <= now:
-            pid = self._spawn(node, primary=False)
+            pid = self._spawn(node)
             restarts.due, restarts.started = None, now
             yield f"{node.node_id} was restarted with pid {pid}."
 
-    # ---- Processes ----
-
-    def _spawn(self, node: Node, *, primary: bool) -> int:
-        """Start the node's process, which outlives this one; its pid."""
-        self.data_dir.mkdir(parents=True, exist_ok=True)
-        command = self._command(node)
-        with node.log.open("ab") as log:
-            self._log_offsets[node.node_id] = log.seek(0, os.SEEK_END)
-            child = self._spawn_process(
-                [*command, "--primary"] if primary else command,
-                stdin=DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # no Ctrl-C, no hang-up of this terminal reaches it
-            )
-        self._children[node.node_id] = child
-        mark = {"pid": child.pid, "create_time": child.create_time(), "port": node.port}
-        _write_durably(node.pid_file, mark)
-        return child.pid
-
-    def _process(self, node: Node) -> psutil.Process | None:
-        """The node's process, if it runs."""
-        child = self._children.get(node.node_id)
-        if child is not None and child.poll() is None:
-            return child
-        try:
-            mark = json.loads(node.pid_file.read_bytes())
-            process = psutil.Process(mark["pid"])
-            age_s = abs(process.create_time() - mark["create_time"])
-            # Empty for a process that has ended and is not reaped yet.
-            is_node = f"--node-id={node.node_id}" in process.cmdline()
-        except (OSError, ValueError, KeyError, TypeError, psutil.Error):
-            return None
-        if not is_node or age_s >= CREATE_TIME_TOLERANCE_S:
-            return None
-        self._children.pop(node.node_id, None)  # that one has ended; another manager started this
-        return process
-
-    def _exit_status(self, node: Node) -> int | None:
-        """How the node's process ended; None if it was started by another manager."""
-        child = self._children.get(node.node_id)
-        status: int | None = child.poll() if child else None
-        return status
-
-    def _log_end(self, node: Node) -> str:
-        """The last lines that this start of the node has left in its log, as a sentence's end."""
-        offset = self._log_offsets.get(node.node_id, 0)
-        with node.log.open("rb") as file:
-            file.seek(max(offset, file.seek(0, os.SEEK_END) - LOG_BYTES_READ))
-            lines = file.read().decode(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
-        return "\n    ".join([f"The end of {node.log}:", *(lines or ["(it said nothing)"])])
-
     # ---- Settings, record, lock ----
+
+    def _spawn(self, node: Node, *, primary: bool = False) -> int:
+        """Start the node's process; its pid."""
+        command = self._command(node)
+        return self._processes.start(node, [*command, "--primary"] if primary else command)
 
     def _place(self, number: int) -> Node:
         """The node of that number. Raises ConfigError if a server would refuse its settings."""
@@ -804,7 +481,7 @@ class ClusterManager:
     def _record(self, cluster_id: str) -> None:
         record = Founding(cluster_id, len(self.nodes), self._base_port)
         if record != self._founding():
-            _write_durably(self._record_path, asdict(record))
+            write_durably(self._record_path, asdict(record))
 
     @contextmanager
     def _exclusively(self, wait_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
@@ -850,7 +527,7 @@ def _picture(status: ClusterStatus) -> Group:
         )
     lines = [f"{node.node_id} {node.problem}." for node in status.nodes if node.problem]
     if status.healthy:
-        more = _counted(status.failures_tolerated, "more failure")
+        more = counted(status.failures_tolerated, "more failure")
         lines.append(f"Healthy: {status.primary} is primary; {more} would be tolerated.")
     else:
         lines.append("Not healthy: no majority of the voters follows a primary.")

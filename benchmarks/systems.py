@@ -28,7 +28,8 @@ from typing import Protocol
 import redis
 
 from benchmarks.workload import LoadError, Sample, Workload, key, percentile
-from cluster_manager import ClusterManager, ask
+from cluster_manager import ClusterManager
+from cluster_nodes import ask
 
 ROOT = Path(__file__).resolve().parent.parent
 NODES = 3

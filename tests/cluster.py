@@ -23,7 +23,8 @@ from typing import Any, Final, Self, TypeVar
 
 import psutil
 
-from cluster_manager import ClusterManager, Node
+from cluster_manager import ClusterManager
+from cluster_nodes import Node
 from kv_client import KVStoreClient
 from kv_config import Address, format_address
 from kv_protocol import ReplyParser, encode_request

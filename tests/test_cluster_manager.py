@@ -19,14 +19,8 @@ import psutil
 import pytest
 
 import cluster_manager
-from cluster_manager import (
-    ClusterBusyError,
-    ClusterManager,
-    ManagerError,
-    NodeStatus,
-    free_ports,
-    main,
-)
+from cluster_manager import ClusterBusyError, ClusterManager, ManagerError, main
+from cluster_nodes import ClusterStatus, NodeStatus, free_ports, summarize
 from kv_config import PEER_PORT_OFFSET, ConfigError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +58,7 @@ class Cluster(ClusterManager):
         return self.said
 
     def running(self) -> list[str]:
-        return [node.node_id for node in self.nodes if self._process(node)]
+        return [node.node_id for node in self.nodes if self._processes.find(node)]
 
     def argv(self, node_id: str) -> list[list[str]]:
         """The arguments of each start of the node, as it logged them itself."""
@@ -560,10 +554,10 @@ def seen(node_id: str, role: str = "SECONDARY", **more) -> NodeStatus:
     return NodeStatus(node_id, 6379, alive=True, role=role, member_id=f"m-{node_id}", **fields)
 
 
-def summary(*nodes: NodeStatus, voters: int = 3) -> cluster_manager.ClusterStatus:
+def summary(*nodes: NodeStatus, voters: int = 3) -> ClusterStatus:
     primary = cluster_manager._primary(nodes, cluster_manager.Founding("c", 3, 6379))
     ids = frozenset(f"m-node{number}" for number in range(1, voters + 1))
-    return cluster_manager._summarize(nodes, primary, ids if primary else frozenset())
+    return summarize(nodes, primary, ids if primary else frozenset())
 
 
 def test_summary_when_two_claim_to_be_primary_then_the_higher_term_counts():

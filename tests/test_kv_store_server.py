@@ -23,7 +23,8 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster_manager import SERVER_SCRIPT, free_ports
+from cluster_manager import SERVER_SCRIPT
+from cluster_nodes import free_ports
 from kv_commands import crc16_slot
 from kv_config import Address
 from kv_errors import KVError, NoPrimaryError, NotPrimaryError, OutcomeUnknownError
