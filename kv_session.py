@@ -407,7 +407,7 @@ class Session:
 
     def take_back(self, run: Sequence[Argv]) -> None:
         """The batch was not begun: ``answer`` them after all."""
-        self._items = [list(argv) for argv in run]
+        self._items[:0] = [list(argv) for argv in run]
         self._under_way.release()
 
     def end_writes(self, run: Sequence[Argv], pending: Pending, offset: int) -> None:

@@ -30,6 +30,7 @@ import socketserver
 import struct
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 
 import kv_commands
@@ -56,6 +57,7 @@ EXIT_FAULT = 1
 EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: whoever restarts us should not
 RECEIVE_BYTES = 64 * 1024
 READY_MAX = 256  # connections that become one batch
+STUCK_S = 1.0
 # A request that has begun must go on within this, and a reply be read: else the thread is free.
 STALL_S = 60
 JOIN_INTERVAL_S = 0.5
@@ -93,6 +95,7 @@ class ClientHandler(socketserver.BaseRequestHandler):
             deliver=self._deliver,
             stop_reading=lambda: _stop_reading(sock),
         )
+        self.fd = sock.fileno()
         # Released by ``read-clients`` when this thread is to go on.
         self._turn = threading.Lock()
         self._turn.acquire()
@@ -212,46 +215,72 @@ class ClientReader:
         self._service = service
         self._on_fatal = on_fatal
         self._epoll = select.epoll()
-        self._receiver = Receiver(RECEIVE_BYTES)
+        # Held by who reads; not while what was read is proposed, which may take as long as a disk.
+        self._reading = threading.Lock()
         self._watched: dict[int, ClientHandler] = {}
+        # The thread in charge is the newest; an older one ends as soon as its disk lets it.
+        self._newest = 0
+        self._busy_since_s: float | None = None
 
     def start(self) -> None:
         """Begin to read."""
-        threading.Thread(target=self._run, name="read-clients", daemon=True).start()
+        self._newest += 1
+        self._busy_since_s = None
+        threading.Thread(
+            target=self._run, args=(self._newest,), name="read-clients", daemon=True
+        ).start()
 
     def watch(self, handler: ClientHandler) -> None:
         """Read for this connection until its ``resume`` is called. From its own thread."""
-        fd = handler.request.fileno()
-        self._watched[fd] = handler
-        self._epoll.register(fd, select.EPOLLIN)
+        with self._reading:
+            self._watched[handler.fd] = handler
+            self._epoll.register(handler.fd, select.EPOLLIN)
 
-    def _run(self) -> None:
+    def replace_if_stuck(self) -> None:
+        """Who writes to the log may be held up by a disk; the clients must not be."""
+        since_s = self._busy_since_s
+        if since_s is not None and time.monotonic() - since_s > STUCK_S:
+            log.warning("read-clients has been busy for %g s: another one takes over", STUCK_S)
+            self.start()
+
+    def _run(self, number: int) -> None:
+        receiver = Receiver(RECEIVE_BYTES)
         try:
-            while True:
-                self._read(self._epoll.poll(maxevents=READY_MAX))
+            while number == self._newest:
+                events = self._epoll.poll(maxevents=READY_MAX)
+                self._busy_since_s = time.monotonic()
+                self._read(events, receiver)
+                if number == self._newest:
+                    self._busy_since_s = None
         except BaseException as error:
             self._on_fatal(error)
             raise
 
-    def _read(self, events: Sequence[tuple[int, int]]) -> None:
+    def _read(self, events: Sequence[tuple[int, int]], receiver: Receiver) -> None:
         batch = Batch(self._service.node)
-        handlers: dict[Session, int] = {}
-        for fd, _ in events:
-            handler = self._watched[fd]
-            failure = None
-            try:
-                if handler.take_in(self._receiver, batch):
-                    handlers[handler.session] = fd
-                    continue
-            except Exception as error:  # noqa: BLE001  # a bug, which ends this connection only
-                failure = error
-            self._let_go(fd, failure)
+        handlers: dict[Session, ClientHandler] = {}
+        with self._reading:
+            for fd, _ in events:
+                handler = self._watched.get(fd)
+                if handler is None:
+                    continue  # a thread that was stuck has let it go meanwhile
+                failure = None
+                try:
+                    if handler.take_in(receiver, batch):
+                        handlers[handler.session] = handler
+                        continue
+                except Exception as error:  # noqa: BLE001  # a bug, which ends this connection only
+                    failure = error
+                self._let_go(handler, failure)
         for session in batch.start():
-            self._let_go(handlers[session])
+            with self._reading:
+                if self._watched.get(handlers[session].fd) is handlers[session]:
+                    self._let_go(handlers[session])
 
-    def _let_go(self, fd: int, failure: Exception | None = None) -> None:
-        self._epoll.unregister(fd)
-        self._watched.pop(fd).resume(failure)
+    def _let_go(self, handler: ClientHandler, failure: Exception | None = None) -> None:
+        self._epoll.unregister(handler.fd)
+        del self._watched[handler.fd]
+        handler.resume(failure)
 
 
 class TCPServer(socketserver.ThreadingTCPServer):
@@ -300,6 +329,10 @@ class TCPServer(socketserver.ThreadingTCPServer):
             name=f"client-{self.service.connections_count + 1}",
             daemon=True,
         ).start()
+
+    def service_actions(self) -> None:
+        """Called by ``accept-clients`` between two looks for new connections."""
+        self.reader.replace_if_stuck()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A bug in a session ends that connection; say so, with the traceback."""
