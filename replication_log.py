@@ -7,14 +7,16 @@ Rule 3: bytes once written stay as they are. An entry whose index is in the log 
 and everything after it, because of two records the later one counts.
 Rule 4: an incomplete last record (a torn tail) is cut and kept as a copy. Any other damage stops
 the node: to cut it might lose an entry that a majority counts on (raft-traps T8).
+Rule 5: behind the last record a file holds nothing but zeros, which are its clean end.
 
 A data directory, and what is in its files (integers big-endian, numbers in names hexadecimal):
 
     identity.json                       whose directory it is
     lock                                flock'ed by the process that uses it, and holds its pid
-    log-<sequence>-<first index>.seg    a segment: file header, record, record, ...
+    log-<sequence>-<first index>.seg    a segment: file header, record, record, ..., zeros
     log-....seg.torn                    the last torn tail that was cut from this segment
-    record                              header (length, kind, two CRC32), payload: one batch
+    record                              header (length, kind, two CRC32), payload: one batch;
+                                        the header never crosses a sector's border
     payload                             the hard state, if it changed; raft_types.encode_entries
 
 One thread at a time appends, saves the identity or closes: whoever holds the core's Ready. Any
@@ -53,8 +55,12 @@ from raft_types import (
 
 log = logging.getLogger(__name__)
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2  # of identity.json and of segments; 1 was never released
 _READ_BYTES = 4 << 20  # a recovery reads a segment in pieces of this size
+# A write that reaches beyond the file's zeros brings new ones up to a multiple of this. To sync a
+# write over zeros costs the disk alone; one that changes the file's length costs the file system's
+# journal as well, which etcd saves in the same way (wal/wal.go, preallocation).
+_ZEROS_BYTES = 256 << 10
 _SECTOR_BYTES = 512  # what a disk writes whole or not at all
 
 _WHAT_TO_DO = (
@@ -124,7 +130,7 @@ class Disk:
 
     pwrite: Callable[[int, bytes, int], int] = os.pwrite
     fdatasync: Callable[[int], None] = os.fdatasync
-    fsync: Callable[[int], None] = os.fsync  # for directories
+    fsync: Callable[[int], None] = os.fsync  # for directories, and for a file that was cut
     # pwrite and fdatasync in one; None: one after the other.
     pwrite_durably: Callable[[int, bytes, int], int] | None = None
 
@@ -143,11 +149,13 @@ def _system_disk() -> Disk:
 
 # ---- The format --------------------------------------------------------------------------------
 
-_SEGMENT_HEADER = struct.Struct(">4sIIQI")  # magic, format version, sequence, first index, CRC32
+# Magic, format version, sequence, first index, base term, CRC32.
+_SEGMENT_HEADER = struct.Struct(">4sIIQQI")
 _SEGMENT_HEADER_BYTES = _SEGMENT_HEADER.size
 _SEGMENT_MAGIC = b"RLOG"
 # The sequence orders the files. The first index, which need not grow from file to file, is the one
-# after the last when the segment was created: it shows that no segment before it lost its end.
+# after the last when the segment was created, and the base term is the term of that last one:
+# together they show that no segment before it lost its end.
 _SEGMENT_NAME = re.compile(r"log-([0-9a-f]{8})-([0-9a-f]{16})\.seg")
 
 _RECORD_HEADER = struct.Struct(">IIII")  # payload length, kind, CRC32 of payload, own CRC32
@@ -162,9 +170,35 @@ _HARD_STATE = struct.Struct(">QB")  # term, length of voted_for (0: nobody), whi
 _CRC_BYTES = 4  # of a header, at its end, over what comes before
 
 
-def _encode_segment_header(sequence: int, first_index: int) -> bytes:
-    header = _SEGMENT_HEADER.pack(_SEGMENT_MAGIC, _FORMAT_VERSION, sequence, first_index, 0)
-    return _sealed(header[:-_CRC_BYTES])
+def _encode_segment_header(sequence: int, first_index: int, base_term: int) -> bytes:
+    fields = _SEGMENT_MAGIC, _FORMAT_VERSION, sequence, first_index, base_term
+    return _sealed(_SEGMENT_HEADER.pack(*fields, 0)[:-_CRC_BYTES])
+
+
+def _decode_segment_header(path: Path, data: bytes) -> tuple[int, int, int]:
+    """Sequence, first index and base term. ``data`` is the segment's first sector."""
+    magic, version = data[:4], int.from_bytes(data[4:8], "big")
+    if len(data) < 8 or magic != _SEGMENT_MAGIC:
+        raise CorruptLogError(path, 0, "not a segment of the log")
+    # The header of another version may be longer or shorter, but its checksum is at its end.
+    for end in [_SEGMENT_HEADER_BYTES] if version == _FORMAT_VERSION else range(12, len(data) + 1):
+        if data[:end] == _sealed(data[: end - _CRC_BYTES]):
+            break
+    else:
+        raise CorruptLogError(path, 0, "the segment's header has a wrong checksum")
+    if version != _FORMAT_VERSION:
+        raise UnknownFormatError(path, version)
+    _magic, _version, sequence, first_index, base_term, _crc = _SEGMENT_HEADER.unpack_from(data)
+    return sequence, first_index, base_term
+
+
+def _record_start(end: int) -> int:
+    """Where the record after one that ends at ``end`` begins: there, or at the next sector.
+
+    Within one sector, its header is on the disk whole or not at all, whenever the power fails.
+    """
+    left_bytes = -end % _SECTOR_BYTES
+    return end + left_bytes if 0 < left_bytes < _RECORD_HEADER_BYTES else end
 
 
 def _encode_record(hard_state: HardState | None, entries: bytes) -> bytes:
@@ -201,28 +235,43 @@ def _decode_payload(kind: int, payload: bytes) -> tuple[HardState | None, list[E
     return HardState(term, voted_for), decode_entries(payload, end)
 
 
-def _scan(path: Path, fd: int, size_bytes: int) -> Iterator[tuple[int, int, int, bytes]]:
-    """Offset, size, kind and payload of each record, until the file's end.
+def _data_end(fd: int, size_bytes: int) -> int:
+    """The offset behind the file's last byte that is not zero."""
+    end = size_bytes
+    while end > 0:
+        start = max(0, end - _READ_BYTES)
+        data = os.pread(fd, end - start, start).rstrip(b"\0")
+        if data:
+            return start + len(data)
+        end = start
+    return 0
 
-    Raises _TornRecordError where an interrupted write explains what is found, else CorruptLogError.
+
+def _scan(path: Path, fd: int, size_bytes: int) -> Iterator[tuple[int, int, int, bytes]]:
+    """Offset, size, kind and payload of each record, until nothing but zeros is left.
+
+    A last record of which not one byte is on the disk cannot be told from one that was never
+    written. Raises _TornRecordError where an interrupted write explains what is found, else
+    CorruptLogError.
     """
+    data_end = _data_end(fd, size_bytes)
     offset, want_bytes = _SEGMENT_HEADER_BYTES, _READ_BYTES
-    while offset < size_bytes:
+    while offset < data_end:
         buffer = os.pread(fd, want_bytes, offset)
         at, end, want_bytes = 0, 0, _READ_BYTES
-        while len(buffer) - at >= _RECORD_HEADER_BYTES:
+        while offset + at < data_end and len(buffer) - at >= _RECORD_HEADER_BYTES:
             header = _decode_record_header(buffer, at)
             if header is None:
-                raise _judge_header(path, fd, offset + at)
+                raise _judge_header(path, fd, offset + at, size_bytes)
             length, kind, payload_crc = header
             end = at + _RECORD_HEADER_BYTES + length
             if end > len(buffer):
                 break
             payload = buffer[at + _RECORD_HEADER_BYTES : end]
             if crc32(payload) != payload_crc:
-                raise _judge_payload(path, offset + at, payload, size_bytes)
+                raise _judge_payload(path, offset + at, payload, data_end)
             yield offset + at, end - at, kind, payload
-            at = end
+            at = _record_start(offset + end) - offset
         if at == 0:  # not one whole record: it is longer than what was read, or than the file
             if offset + len(buffer) >= size_bytes:
                 raise _TornRecordError(offset, "the file ends within a record")
@@ -230,28 +279,45 @@ def _scan(path: Path, fd: int, size_bytes: int) -> Iterator[tuple[int, int, int,
         offset += at
 
 
-def _judge_header(path: Path, fd: int, offset: int) -> Exception:
-    """A record header has a wrong checksum: torn only if nothing but zeros is left.
+def _judge_header(path: Path, fd: int, offset: int, size_bytes: int) -> Exception:
+    """A record header has a wrong checksum: torn only if its sector did not arrive.
 
-    The zeros may begin at a sector's border within the header, whose first part then arrived.
+    Then zeros are left of it, up to the sector's border. Other sectors of the record may have
+    arrived, but nothing was written behind it: one write is under way at a time.
     """
-    border = -(-offset // _SECTOR_BYTES) * _SECTOR_BYTES
-    start = border if border < offset + _RECORD_HEADER_BYTES else offset
-    while piece := os.pread(fd, _READ_BYTES, start):
-        if not _is_zero(piece):
-            return CorruptLogError(path, offset, "a record's header has a wrong checksum")
-        start += len(piece)
-    return _TornRecordError(offset, "zeros in place of a record")
+    data = os.pread(fd, size_bytes - offset, offset)
+    if not _is_zero(data[: _SECTOR_BYTES - offset % _SECTOR_BYTES]):
+        return CorruptLogError(path, offset, "a record's header has a wrong checksum")
+    if _holds_a_record(data):
+        return CorruptLogError(path, offset, "zeros in place of a record, and others after it")
+    return _TornRecordError(offset, "zeros in place of the last record's header")
 
 
-def _judge_payload(path: Path, offset: int, payload: bytes, size_bytes: int) -> Exception:
+# What a record's header begins with: a length, not 0, and a kind. Finds all, and little else.
+_HEADER_LIKE = re.compile(rb"(?=[\x00-\x7f].{3}\0\0\0[\0\1])(?!\0{4})", re.DOTALL)
+
+
+def _holds_a_record(data: bytes) -> bool:
+    """Whether a whole record, with both its checksums right, begins anywhere."""
+    for found in _HEADER_LIKE.finditer(data):
+        start = found.start() + _RECORD_HEADER_BYTES
+        header = _decode_record_header(data, found.start()) if start <= len(data) else None
+        if header is not None:
+            length, _kind, payload_crc = header
+            payload = data[start : start + length]
+            if len(payload) == length and crc32(payload) == payload_crc:
+                return True
+    return False
+
+
+def _judge_payload(path: Path, offset: int, payload: bytes, data_end: int) -> Exception:
     """A payload has a wrong checksum: torn only in the last record, with a sector still unwritten.
 
     The rule is etcd's (wal/decoder.go, isTornEntry). The sector that the header ends in did arrive,
     for the header is whole: only those after it count.
     """
     start = offset + _RECORD_HEADER_BYTES
-    if start + len(payload) == size_bytes:
+    if start + len(payload) >= data_end:
         for at in range(-start % _SECTOR_BYTES, len(payload), _SECTOR_BYTES):
             if _is_zero(payload[at : at + _SECTOR_BYTES]):
                 return _TornRecordError(offset, "zeros in place of a part of the last record")
@@ -390,7 +456,10 @@ class ReplicationLog:
         # Set while the disk is being changed, and for good if that raises (Rule 2).
         self._broken = False
         self._segments: dict[int, tuple[Path, int]] = {}  # path and fd, by sequence
-        self._size_bytes = 0  # of the last segment, to which records are appended
+        # In the last segment, to which records are appended. Invariant: from where they end, the
+        # file holds zeros up to its own end.
+        self._records_end = 0
+        self._zeros_end = 0
         self._index = _Index()
         self._hard_state = HardState(0, None)
         self._term_runs: list[tuple[int, int]] = []  # see Recovered
@@ -420,19 +489,24 @@ class ReplicationLog:
         data = encode_entries(entries)
 
         self._begin_change()
-        if self._size_bytes > _SEGMENT_HEADER_BYTES:
-            size_bytes = self._size_bytes + _RECORD_HEADER_BYTES + len(data)
+        if self._records_end > _SEGMENT_HEADER_BYTES:
+            size_bytes = _record_start(self._records_end) + _RECORD_HEADER_BYTES + len(data)
             if size_bytes > self._segment_bytes_max:
                 self._create_segment(len(self._segments) + 1)
-        if self._size_bytes == _SEGMENT_HEADER_BYTES and hard_state is None:
+        if self._records_end == _SEGMENT_HEADER_BYTES and hard_state is None:
             # A segment never needs those before it to know the hard state.
             hard_state = self._hard_state
         record = _encode_record(hard_state, data)
         # One record for all, however large: of several, a crash could leave the later ones whole
         # and an earlier one not, which is how corruption looks.
         assert len(record) <= _RECORD_BYTES_MAX, f"a batch of {len(record)} bytes"
-        sequence, offset = len(self._segments), self._size_bytes
+        sequence, offset = len(self._segments), _record_start(self._records_end)
         _path, fd = self._segments[sequence]
+        end = offset + len(record)
+        zeros_end = self._zeros_end
+        if end > zeros_end:
+            zeros_end = max(end, min(end + -end % _ZEROS_BYTES, self._segment_bytes_max))
+            record += bytes(zeros_end - end)
         if self._disk.pwrite_durably is None:
             self._write(fd, record, offset, self._disk.pwrite)
             self._disk.fdatasync(fd)
@@ -440,8 +514,8 @@ class ReplicationLog:
             self._write(fd, record, offset, self._disk.pwrite_durably)
         self._broken = False
 
-        self._size_bytes += len(record)
-        self._take(hard_state or self._hard_state, entries, sequence, offset, len(record))
+        self._records_end, self._zeros_end = end, zeros_end
+        self._take(hard_state or self._hard_state, entries, sequence, offset, end - offset)
 
     def save_identity(self, identity: Identity) -> None:
         """Make the identity durable: the old one or the new one is found after a crash."""
@@ -596,10 +670,11 @@ class ReplicationLog:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         # A reader may look at the same time: assigning to a dict is atomic.
         self._segments[sequence] = path, fd
-        self._write(fd, _encode_segment_header(sequence, first), 0, self._disk.pwrite)
+        header = _encode_segment_header(sequence, first, self._term_at(first - 1))
+        self._write(fd, header, 0, self._disk.pwrite)
         self._disk.fdatasync(fd)
         self._sync_directory(self._directory)
-        self._size_bytes = _SEGMENT_HEADER_BYTES
+        self._records_end = self._zeros_end = _SEGMENT_HEADER_BYTES
 
     def _sync_directory(self, directory: Path) -> None:
         """Make names durable that were created, renamed or removed (raft-traps T7)."""
@@ -677,7 +752,7 @@ class ReplicationLog:
     def _open_segment(self, sequence: int, is_last: bool) -> bool:
         """Check a segment's header. False: a crash cut its creation short, and it was removed."""
         path, fd = self._segments[sequence]
-        data = os.pread(fd, _SEGMENT_HEADER_BYTES + 1, 0)
+        data = os.pread(fd, _SECTOR_BYTES, 0)
         # The first one was durable before the identity was: then it cannot have been cut short.
         may_be_torn = is_last and (sequence > 1 or self.identity is None)
         if may_be_torn and (
@@ -689,18 +764,15 @@ class ReplicationLog:
             del self._segments[sequence]
             path.unlink()
             return False
-        if len(data) < _SEGMENT_HEADER_BYTES or data[:4] != _SEGMENT_MAGIC:
-            raise CorruptLogError(path, 0, "not a segment of the log")
-        _magic, version, number, first, header_crc = _SEGMENT_HEADER.unpack_from(data)
-        if crc32(data[: _SEGMENT_HEADER_BYTES - _CRC_BYTES]) != header_crc:
-            raise CorruptLogError(path, 0, "the segment's header has a wrong checksum")
-        if version != _FORMAT_VERSION:
-            raise UnknownFormatError(path, version)
+        number, first, base_term = _decode_segment_header(path, data)
         named = _SEGMENT_NAME.fullmatch(path.name)
         if named is None or (number, first) != tuple(int(group, 16) for group in named.groups()):
             raise CorruptLogError(path, 0, "the segment has another's name")
         if first != self._index.last + 1:
             reason = f"it continues at entry {first} a log that ends at {self._index.last}"
+            raise CorruptLogError(path, 0, reason)
+        if base_term != self._term_at(first - 1):
+            reason = f"it continues after term {base_term} a log that ends in another"
             raise CorruptLogError(path, 0, reason)
         return True
 
@@ -718,8 +790,8 @@ class ReplicationLog:
         except _TornRecordError as torn:
             if not is_last:
                 raise CorruptLogError(path, torn.offset, str(torn)) from torn
-            self._cut_torn_tail(path, fd, torn.offset, size_bytes)
-        self._size_bytes = end
+            self._cut_torn_tail(path, fd, torn.offset)
+        self._records_end, self._zeros_end = end, os.fstat(fd).st_size
         if is_last:
             # A sync that failed before the restart may have left the last record marked clean in
             # the page cache and nowhere else. Written again, it is what the next sync writes
@@ -757,22 +829,24 @@ class ReplicationLog:
             raise CorruptLogError(self._directory / "identity.json", 0, "the identity is missing")
         self._take(hard_state, entries, sequence, offset, _RECORD_HEADER_BYTES + len(payload))
 
-    def _cut_torn_tail(self, path: Path, fd: int, offset: int, size_bytes: int) -> None:
-        """Cut the last segment at ``offset``, once a copy of what is cut is safe."""
+    def _cut_torn_tail(self, path: Path, fd: int, offset: int) -> None:
+        """Cut the last segment at ``offset``, once a copy of what is cut is safe.
+
+        The cut is durable before anything is appended: a later record that is shorter would leave
+        the rest of the torn one behind itself.
+        """
+        torn = os.pread(fd, os.fstat(fd).st_size - offset, offset).rstrip(b"\0")
         copy = path.with_suffix(".seg.torn")
         log.warning(
-            "cut a torn tail path=%s offset=%d bytes=%d copy=%s",
-            path,
-            offset,
-            size_bytes - offset,
-            copy,
+            "cut a torn tail path=%s offset=%d bytes=%d copy=%s", path, offset, len(torn), copy
         )
         with copy.open("wb") as file:
-            file.write(os.pread(fd, size_bytes - offset, offset))
+            file.write(torn)
             file.flush()
             self._disk.fdatasync(file.fileno())
         self._sync_directory(self._directory)
         os.ftruncate(fd, offset)
+        self._disk.fsync(fd)
 
     def _read_tail(self, bytes_max: int) -> tuple[Entry, ...]:
         """The last entries, at most ``bytes_max`` of them."""

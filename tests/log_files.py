@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import closing
 from pathlib import Path
 
@@ -68,13 +70,52 @@ def record_ends(segment: Path) -> list[int]:
     return [records[0][0], *(end for _offset, end in records)]
 
 
-def append_raw(directory: Path, hard_state: HardState | None, batch: list[Entry]) -> None:
-    """Write a whole record that ``append`` would refuse to write."""
-    with segments(directory)[-1].open("ab") as file:
+def append_raw(directory: Path, hard_state: HardState | None, batch: list[Entry]) -> int:
+    """Write a whole record that ``append`` would refuse to write; where it begins."""
+    segment = segments(directory)[-1]
+    start = replication_log._record_start(record_ends(segment)[-1])
+    with segment.open("r+b") as file:
+        file.seek(start)
         file.write(replication_log._encode_record(hard_state, encode_entries(batch)))
+    return start
 
 
 def flip(path: Path, offset: int, pattern: int = 0xFF) -> None:
-    data = bytearray(path.read_bytes())
-    data[offset] ^= pattern
-    path.write_bytes(data)
+    with path.open("r+b", buffering=0) as file:
+        file.seek(offset)
+        (byte,) = file.read(1)
+        file.seek(offset)
+        file.write(bytes([byte ^ pattern]))
+
+
+class WatchedDisk:
+    """A disk that keeps the order of calls, and raises what ``fail`` holds for a call."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, str]] = []  # call and file name
+        self.fail: dict[str, OSError] = {}
+        self.short_bytes = sys.maxsize  # the most that one write takes
+
+    def disk(self) -> Disk:
+        return Disk(self._pwrite, self._fdatasync, self._fsync)
+
+    def take(self) -> list[tuple[str, str]]:
+        calls, self.calls = self.calls, []
+        return calls
+
+    def _note(self, call: str, fd: int) -> None:
+        self.calls.append((call, Path(os.readlink(f"/proc/self/fd/{fd}")).name))
+        if call in self.fail:
+            raise self.fail[call]
+
+    def _pwrite(self, fd: int, data: bytes, offset: int) -> int:
+        self._note("pwrite", fd)
+        return os.pwrite(fd, data[: self.short_bytes], offset)
+
+    def _fdatasync(self, fd: int) -> None:
+        self._note("fdatasync", fd)
+        os.fdatasync(fd)
+
+    def _fsync(self, fd: int) -> None:
+        self._note("fsync", fd)
+        os.fsync(fd)

@@ -569,7 +569,7 @@ def test_log_when_damaged_then_the_server_names_the_file_and_exits_with_78(
     first.popen.wait()
     segment = max((tmp_path / "data").iterdir(), key=lambda path: path.stat().st_size)
     content = bytearray(segment.read_bytes())
-    content[len(content) // 2] ^= 1
+    content[len(content.rstrip(b"\0")) // 2] ^= 1  # behind the records are zeros
     segment.write_bytes(content)
 
     process = run(*founder_flags(port))

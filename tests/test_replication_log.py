@@ -32,6 +32,7 @@ from replication_log import CorruptLogError, DataDirLockedError, Disk, Recovered
 from tests.log_files import (
     IDENTITY,
     VOTE,
+    WatchedDisk,
     append_raw,
     entries,
     entry,
@@ -156,7 +157,7 @@ def test_append_when_a_batch_just_fits_then_no_segment_is_begun(
 ) -> None:
     """The limit is the last size that is allowed."""
     write_log(tmp_path / "measured", entries(1, 3))
-    size_bytes = segments(tmp_path / "measured")[0].stat().st_size
+    size_bytes = record_ends(segments(tmp_path / "measured")[0])[-1]
     write_log(tmp_path / "limited", entries(1, 3), segment_bytes_max=size_bytes + spare_bytes)
 
     assert len(segments(tmp_path / "limited")) == count
@@ -408,39 +409,6 @@ def test_open_when_a_crash_came_before_the_first_identity_then_new(tmp_path: Pat
 # ---- Syncs and failures ------------------------------------------------------------------------
 
 
-class WatchedDisk:
-    """A disk that keeps the order of calls, and raises what ``fail`` holds for a call."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, str]] = []  # call and file name
-        self.fail: dict[str, OSError] = {}
-        self.short_bytes = sys.maxsize  # the most that one write takes
-
-    def disk(self) -> Disk:
-        return Disk(self._pwrite, self._fdatasync, self._fsync)
-
-    def take(self) -> list[tuple[str, str]]:
-        calls, self.calls = self.calls, []
-        return calls
-
-    def _note(self, call: str, fd: int) -> None:
-        self.calls.append((call, Path(os.readlink(f"/proc/self/fd/{fd}")).name))
-        if call in self.fail:
-            raise self.fail[call]
-
-    def _pwrite(self, fd: int, data: bytes, offset: int) -> int:
-        self._note("pwrite", fd)
-        return os.pwrite(fd, data[: self.short_bytes], offset)
-
-    def _fdatasync(self, fd: int) -> None:
-        self._note("fdatasync", fd)
-        os.fdatasync(fd)
-
-    def _fsync(self, fd: int) -> None:
-        self._note("fsync", fd)
-        os.fsync(fd)
-
-
 def test_append_when_it_returns_then_one_write_and_one_sync_were_made(tmp_path: Path) -> None:
     """However much a batch holds, it costs one write and one sync, in this order."""
     watched = WatchedDisk()
@@ -452,6 +420,61 @@ def test_append_when_it_returns_then_one_write_and_one_sync_were_made(tmp_path: 
         assert watched.take() == [("pwrite", name), ("fdatasync", name)]
         log.append(HardState(2, None), [])
         assert watched.take() == [("pwrite", name), ("fdatasync", name)]
+
+
+def test_append_when_the_file_has_zeros_then_they_are_written_over(tmp_path: Path) -> None:
+    """A write past the zeros brings new ones along; all others leave the file's length alone.
+
+    So does the first one after a restart: the zeros are found again.
+    """
+    zeros_bytes = replication_log._ZEROS_BYTES
+    segment_bytes_max = 2 * zeros_bytes + 1000
+    sizes_bytes: list[int] = []
+    written_bytes: list[int] = []
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        written_bytes.append(len(data))
+        return os.pwrite(fd, data, offset)
+
+    def append(log: ReplicationLog, item: Entry) -> None:
+        log.append(None, [item])
+        sizes_bytes.append(segments(tmp_path)[0].stat().st_size)
+
+    with open_log(tmp_path, segment_bytes_max=segment_bytes_max, disk=Disk(pwrite)) as log:
+        log.append(VOTE, [])
+        append(log, entry(1))
+        append(log, entry(2))
+    with open_log(tmp_path, segment_bytes_max=segment_bytes_max, disk=Disk(pwrite)) as log:
+        written_bytes.clear()
+        append(log, entry(3))
+        assert written_bytes[0] < 100
+        append(log, entry(4, data=b"x" * zeros_bytes))
+        append(log, entry(5, data=b"x" * (zeros_bytes // 2)))
+        append(log, entry(6, data=b"x" * (zeros_bytes // 2)))
+        append(log, entry(7))
+        assert len(written_bytes) == 5
+
+    assert [size_bytes / zeros_bytes for size_bytes in sizes_bytes[:5]] == [1, 1, 1, 2, 2]
+    assert sizes_bytes[5:] == [segment_bytes_max] * 2
+    assert recover(tmp_path).last_index == 7
+
+
+def test_append_when_a_header_would_cross_a_sector_then_the_record_begins_behind_it(
+    tmp_path: Path,
+) -> None:
+    """A sector is on the disk whole or not at all, and so is each record's header."""
+    chance = random.Random(1)
+    batches = [[entry(i, data=b"x" * chance.randrange(1, 300))] for i in range(1, 400)]
+    write_log(tmp_path, *batches)
+    segment = segments(tmp_path)[0]
+    with segment.open("rb") as file:
+        found = list(replication_log._scan(segment, file.fileno(), segment.stat().st_size))
+    starts = [offset for offset, _size, _kind, _payload in found]
+
+    assert all(start // 512 == (start + 15) // 512 for start in starts)
+    assert any(start % 512 == 0 for start in starts)
+    with open_log(tmp_path) as log:
+        assert log.read(1, 399, 1 << 20) == [item for batch in batches for item in batch]
 
 
 def test_append_when_fsync_is_off_then_nothing_is_synced(tmp_path: Path) -> None:
@@ -572,7 +595,7 @@ def test_append_when_writes_are_short_then_the_rest_follows(tmp_path: Path) -> N
     """A write may take less than it is given; the record is whole before the sync."""
     watched = WatchedDisk()
     watched.short_bytes = 7
-    with open_log(tmp_path, fsync=True, disk=watched.disk()) as log:
+    with open_log(tmp_path, fsync=True, disk=watched.disk(), segment_bytes_max=400) as log:
         log.append(VOTE, entries(1, 5))
         calls = [call for call, _name in watched.take()]
 
@@ -682,7 +705,7 @@ class PowerLossDisk:
     """A disk that knows what would survive a power loss, and can lose the rest."""
 
     def __init__(self) -> None:
-        self._synced_bytes: dict[Path, int] = {}
+        self._synced: dict[Path, bytes] = {}  # a file's content at its last sync
         self._names: set[Path] = set()  # that are in a synced directory
         self.syncs_left = sys.maxsize  # until the power fails, within a sync
 
@@ -696,28 +719,38 @@ class PowerLossDisk:
         return Path(os.readlink(f"/proc/self/fd/{fd}"))
 
     def _fdatasync(self, fd: int) -> None:
-        self._synced_bytes[self._path(fd)] = os.fstat(fd).st_size
+        path = self._path(fd)
+        self._synced[path] = path.read_bytes()
 
     def _fsync(self, fd: int) -> None:
-        self._names.update(segments(self._path(fd)))
+        path = self._path(fd)
+        if path.is_dir():
+            self._names.update(segments(path))
+        else:
+            self._synced[path] = path.read_bytes()
 
     def lose_power(self, directory: Path, fate: st.DataObject) -> None:
-        """Cut or clear what was not synced, and take away names that were not."""
+        """Take away sectors and lengths that were not synced, and names that were not."""
         self.syncs_left = sys.maxsize
         for path in segments(directory):
             if path not in self._names and fate.draw(st.booleans()):
                 path.unlink()
                 continue
-            written, kept = path.read_bytes(), self._synced_bytes.get(path, 0)
-            assert kept <= len(written)
-            survivor = written[: fate.draw(st.integers(kept, len(written)))]
-            if fate.draw(st.booleans()):
-                survivor = written[:kept] + bytes(len(survivor) - kept)
-            path.write_bytes(survivor)
+            synced, written = self._synced.get(path, b""), path.read_bytes()
+            if synced == written:
+                continue
+            lengths = sorted((len(synced), len(written)))
+            survivor = bytearray(synced.ljust(len(written), b"\0"))
+            for sector in range(0, len(written), 512):
+                if fate.draw(st.booleans()):
+                    survivor[sector : sector + 512] = written[sector : sector + 512]
+            path.write_bytes(survivor[: fate.draw(st.integers(*lengths))])
 
 
 class LogMachine(RuleBasedStateMachine):
     """The log beside a plain list; whatever happens, both hold the same."""
+
+    segment_bytes_max = 400
 
     def __init__(self) -> None:
         super().__init__()
@@ -731,7 +764,10 @@ class LogMachine(RuleBasedStateMachine):
 
     def _open(self) -> ReplicationLog:
         return ReplicationLog(
-            self.directory, segment_bytes_max=400, tail_bytes_max=200, disk=self.power.disk()
+            self.directory,
+            segment_bytes_max=self.segment_bytes_max,
+            tail_bytes_max=200,
+            disk=self.power.disk(),
         )
 
     def _batch(self, back: int, count: int, step: int, size: int) -> tuple[HardState, list[Entry]]:
@@ -839,8 +875,13 @@ class LogMachine(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-def test_log_when_used_in_any_way_then_it_equals_a_plain_list() -> None:
+@pytest.mark.parametrize("segment_bytes_max", [400, 4000])
+def test_log_when_used_in_any_way_then_it_equals_a_plain_list(
+    segment_bytes_max: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Appends, replacements, restarts and power losses in any order (hypothesis prints them)."""
+    monkeypatch.setattr(LogMachine, "segment_bytes_max", segment_bytes_max)
+    monkeypatch.setattr(replication_log, "_ZEROS_BYTES", 1500)
     run_state_machine_as_test(
         LogMachine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
     )

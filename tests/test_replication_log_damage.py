@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
 
 import replication_log
-from raft_types import Entry, EntryKind, HardState
+from raft_types import Entry, EntryKind, HardState, encode_entries
 from replication_log import CorruptLogError, UnknownFormatError
 from tests.log_files import (
     VOTE,
+    WatchedDisk,
     append_raw,
     entries,
     entry,
@@ -24,6 +26,19 @@ from tests.log_files import (
 
 SECTOR_BYTES = 512
 FLIPS = (0x01, 0x80, 0xFF)
+
+
+@pytest.fixture(autouse=True)
+def few_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files short enough to damage each of their bytes."""
+    monkeypatch.setattr(replication_log, "_ZEROS_BYTES", 2048)
+
+
+def put(path: Path, offset: int, data: bytes) -> None:
+    """Overwrite a part of a file."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
 
 
 # ---- Torn tails --------------------------------------------------------------------------------
@@ -42,7 +57,7 @@ def test_open_when_cut_at_any_byte_then_whole_records_are_kept_and_more_can_foll
     data, ends = segment.read_bytes(), record_ends(segment)
     last_after = [0, 0, 2, 3, 6][-len(ends) :]  # after each record that this segment may hold
 
-    for length in range(ends[0], len(data) + 1):
+    for length in [*range(ends[0], min(ends[-1] + 20, len(data))), len(data)]:
         segment.write_bytes(data[:length])
         whole = sum(end <= length for end in ends)
         last = last_after[whole - 1]
@@ -61,25 +76,98 @@ def test_open_when_a_torn_tail_is_cut_then_a_copy_is_kept(tmp_path: Path) -> Non
     """What is cut off can still be looked at (etcd keeps a .broken file)."""
     write_log(tmp_path, entries(1, 2), entries(3, 4))
     segment = segments(tmp_path)[0]
-    data, start = segment.read_bytes(), record_ends(segment)[-2]
-    segment.write_bytes(data[:-1])
+    data = segment.read_bytes()
+    start, end = record_ends(segment)[-2:]
+    segment.write_bytes(data[: end - 1])
 
     assert recover(tmp_path).last_index == 2
     assert segment.read_bytes() == data[:start]
-    assert segment.with_suffix(".seg.torn").read_bytes() == data[start:-1]
+    assert segment.with_suffix(".seg.torn").read_bytes() == data[start : end - 1]
 
 
-@pytest.mark.parametrize("zeros", [1, 15, 16, 17, 600, 5000])
-def test_open_when_the_file_ends_in_zeros_then_they_are_cut(tmp_path: Path, zeros: int) -> None:
-    """A file may have grown before its bytes arrived: nothing but zeros is no record."""
-    write_log(tmp_path, entries(1, 2))
-    with segments(tmp_path)[0].open("ab") as file:
-        file.write(bytes(zeros))
+@pytest.mark.parametrize("zeros", [0, 1, 15, 16, 17, 600, 5000])
+@pytest.mark.parametrize("segment_bytes_max", [64 << 20, 300])
+def test_open_when_a_file_ends_in_zeros_then_they_are_its_clean_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, zeros: int, segment_bytes_max: int
+) -> None:
+    """In any segment, however many zeros: no copy, no cut, no warning, and more can follow."""
+    write_log(tmp_path, *([item] for item in entries(1, 20)), segment_bytes_max=segment_bytes_max)
+    contents = {}
+    for segment in segments(tmp_path):
+        contents[segment] = segment.read_bytes()[: record_ends(segment)[-1]] + bytes(zeros)
+        segment.write_bytes(contents[segment])
 
+    assert recover(tmp_path).tail == tuple(entries(1, 20))
+    assert caplog.messages == []
+    assert {path: path.read_bytes() for path in segments(tmp_path)} == contents
+    assert not list(tmp_path.glob("*.torn"))
     with open_log(tmp_path) as log:
-        assert log.recovered.tail == tuple(entries(1, 2))
+        log.append(None, [entry(21)])
+    assert recover(tmp_path).tail == tuple(entries(1, 21))
+
+
+def test_open_when_a_torn_tail_is_cut_then_nothing_of_it_stays_behind_later_records(
+    tmp_path: Path,
+) -> None:
+    """The cut is durable before the next record, which may be shorter than the torn one."""
+    watched = WatchedDisk()
+    write_log(tmp_path, entries(1, 2), [entry(3, data=b"x" * 3 * SECTOR_BYTES)])
+    segment = segments(tmp_path)[0]
+    start = record_ends(segment)[-2]
+    put(segment, SECTOR_BYTES, bytes(SECTOR_BYTES))
+
+    torn = segment.read_bytes()[start:].rstrip(b"\0")
+
+    with open_log(tmp_path, fsync=True, disk=watched.disk()) as log:
+        calls = watched.take()
+        assert segment.stat().st_size == start
+        assert segment.with_suffix(".seg.torn").read_bytes() == torn
         log.append(None, [entry(3)])
-    assert recover(tmp_path).last_index == 3
+
+    assert calls.index(("fsync", segment.name)) < calls.index(("pwrite", segment.name))
+    end = record_ends(segment)[-1]
+    assert not any(segment.read_bytes()[end:])
+    assert recover(tmp_path).tail == tuple(entries(1, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("with_zeros", [True, False])
+@pytest.mark.parametrize("ahead_bytes", [0, 1, 250, 340, 350, 360, 366, 367, 370, 382, 383, 400])
+def test_open_when_any_sectors_of_the_last_write_arrived_then_the_record_is_there_or_not(
+    tmp_path: Path, ahead_bytes: int, with_zeros: bool
+) -> None:
+    """Whichever sectors of a write are on the disk: all of its record or nothing, never refused.
+
+    And whatever length the file has: the file system may not have come to store the new one.
+    """
+    last = entry(3, data=b"x" * 700 + bytes(600) + b"y" * 500)
+    write_log(tmp_path, [entry(1)], [entry(2, data=b"z" * (1 + ahead_bytes))])
+    segment = segments(tmp_path)[0]
+    before = segment.read_bytes()
+    if not with_zeros:
+        before = before[: record_ends(segment)[-1]]
+        segment.write_bytes(before)
+    with open_log(tmp_path) as log:
+        log.append(None, [last])
+    written, (start, end) = segment.read_bytes(), record_ends(segment)[-2:]
+    sectors = range(start // SECTOR_BYTES * SECTOR_BYTES, end, SECTOR_BYTES)
+    lengths = {len(before), len(written), end - 1, *(at for at in sectors if at >= len(before))}
+    outcomes = set()
+
+    for arrived in itertools.product([False, True], repeat=len(sectors)):
+        for length in sorted(length for length in lengths if length >= len(before)):
+            after = bytearray(before.ljust(length, b"\0"))
+            for at, here in zip(sectors, arrived, strict=True):
+                if here:
+                    after[at : at + SECTOR_BYTES] = written[at : at + SECTOR_BYTES]
+            segment.write_bytes(after[:length])
+            tail = recover(tmp_path).tail
+            outcomes.add(len(tail))
+            assert len(tail) == 2 or tail[2:] == (last,)
+            with open_log(tmp_path) as log:
+                log.append(None, [entry(len(tail) + 1)])
+            assert recover(tmp_path).last_index == len(tail) + 1
+    assert outcomes == {2, 3}
 
 
 def test_open_when_a_sector_of_the_last_record_is_unwritten_then_it_is_cut(tmp_path: Path) -> None:
@@ -87,15 +175,23 @@ def test_open_when_a_sector_of_the_last_record_is_unwritten_then_it_is_cut(tmp_p
     last = entry(3, data=b"x" * 4 * SECTOR_BYTES)
     write_log(tmp_path, entries(1, 2), [last])
     segment = segments(tmp_path)[0]
-    data, start = segment.read_bytes(), record_ends(segment)[-2]
+    data, (start, end) = segment.read_bytes(), record_ends(segment)[-2:]
     assert start < SECTOR_BYTES
 
-    for sector in range(SECTOR_BYTES, len(data), SECTOR_BYTES):
+    for sector in range(SECTOR_BYTES, end, SECTOR_BYTES):
         torn = bytearray(data)
         torn[sector : sector + SECTOR_BYTES] = bytes(len(data[sector : sector + SECTOR_BYTES]))
         segment.write_bytes(torn)
         assert recover(tmp_path).last_index == 2
-    # The same zeros before another record are no crash, but damage.
+    # A wrong byte in a last record that lacks no sector is no crash, but damage.
+    segment.write_bytes(data)
+    for offset in range(start + 16, end, 100):
+        flip(segment, offset)
+        with pytest.raises(CorruptLogError, match="wrong checksum"):
+            recover(tmp_path)
+        flip(segment, offset)
+    # And so are the same zeros before another record.
+    put(segment, start, bytes(end - start))
     write_log(tmp_path, [last], [entry(4)])
     torn = bytearray(segment.read_bytes())
     torn[2 * SECTOR_BYTES : 3 * SECTOR_BYTES] = bytes(SECTOR_BYTES)
@@ -104,17 +200,39 @@ def test_open_when_a_sector_of_the_last_record_is_unwritten_then_it_is_cut(tmp_p
         recover(tmp_path)
 
 
-def test_open_when_a_record_header_crosses_an_unwritten_sector_then_it_is_cut(
+def test_open_when_zeros_stand_for_a_header_then_only_a_crash_may_explain_them(
     tmp_path: Path,
 ) -> None:
-    """Half a header, and zeros from the sector's border on, is a torn tail as well."""
-    write_log(tmp_path, [entry(1, data=b"x" * 402)], [entry(2)])
+    """A header is missing with its whole sector, and nothing whole was written behind it."""
+    last = entry(3, data=b"x" * 2 * SECTOR_BYTES)
+    write_log(tmp_path, [entry(1)], [entry(2)], [last])
     segment = segments(tmp_path)[0]
     data, start = segment.read_bytes(), record_ends(segment)[-2]
-    assert start < SECTOR_BYTES < start + 16
 
-    segment.write_bytes(data[:SECTOR_BYTES] + bytes(len(data) - SECTOR_BYTES))
-    assert recover(tmp_path).last_index == 1
+    put(segment, start, bytes(16))  # of the header's sector, zeros up to here only
+    with pytest.raises(CorruptLogError, match="header has a wrong checksum"):
+        recover(tmp_path)
+    put(segment, start, bytes(SECTOR_BYTES - start))
+    assert recover(tmp_path).last_index == 2
+
+    segment.write_bytes(data)
+    with open_log(tmp_path) as log:
+        log.append(None, [entry(4)])
+    put(segment, start, bytes(SECTOR_BYTES - start))
+    with pytest.raises(CorruptLogError, match="and others after it"):
+        recover(tmp_path)
+
+
+@pytest.mark.parametrize("rest", [b"", b"x", bytes(40), bytes(15) + b"x"])
+def test_open_when_searching_for_records_then_each_whole_one_is_found(rest: bytes) -> None:
+    """At any place, with a payload of any length, also where the data ends."""
+    record = replication_log._encode_record(VOTE, encode_entries([entry(1)]))
+    for ahead in (b"", b"\0", bytes(600), b"\0\0\0\1\0\0\0\1", record[:-1], record[4:]):
+        assert replication_log._holds_a_record(ahead + record + rest)
+        assert not replication_log._holds_a_record(ahead + record[:-1])
+        assert not replication_log._holds_a_record(ahead + record[4:] + rest)
+        wrong = bytes([record[-1] ^ 1])
+        assert not replication_log._holds_a_record(ahead + record[:-1] + wrong + rest)
 
 
 def test_open_when_a_tear_is_not_at_the_end_of_the_log_then_refused(tmp_path: Path) -> None:
@@ -123,7 +241,9 @@ def test_open_when_a_tear_is_not_at_the_end_of_the_log_then_refused(tmp_path: Pa
     segment = segments(tmp_path)[1]
     data = segment.read_bytes()
 
-    for damaged in (data[:-1], data + bytes(100), data[: record_ends(segment)[-2]], b""):
+    end, start = record_ends(segment)[-1], record_ends(segment)[-2]
+
+    for damaged in (data[: end - 1], data + b"x", data[:start], data[:start] + bytes(100), b""):
         segment.write_bytes(damaged)
         with pytest.raises(CorruptLogError):
             recover(tmp_path)
@@ -170,6 +290,21 @@ def test_open_when_the_creation_of_a_segment_was_cut_short_then_it_is_removed(
 # ---- Damage ------------------------------------------------------------------------------------
 
 
+def test_open_when_a_segment_lost_a_replacement_then_refused(tmp_path: Path) -> None:
+    """The next segment knows the term in which the log ended, where the index is the same."""
+    write_log(tmp_path, entries(1, 2), entries(3, 4))
+    segment = segments(tmp_path)[0]
+    with open_log(tmp_path) as log:
+        log.append(HardState(2, None), [entry(4, term=2)])
+    start = record_ends(segment)[-2]
+    with open_log(tmp_path, segment_bytes_max=1) as log:
+        log.append(None, [entry(5, term=2)])
+
+    segment.write_bytes(segment.read_bytes()[:start])
+    with pytest.raises(CorruptLogError, match="continues after term 2"):
+        recover(tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("segment_bytes_max", [64 << 20, 150])
 def test_open_when_any_byte_is_flipped_then_refused(tmp_path: Path, segment_bytes_max: int) -> None:
@@ -179,8 +314,11 @@ def test_open_when_any_byte_is_flipped_then_refused(tmp_path: Path, segment_byte
     )
     intact = recover(tmp_path)
 
-    for path in (*segments(tmp_path), tmp_path / "identity.json"):
-        for offset in range(path.stat().st_size):
+    used_bytes = {path: record_ends(path)[-1] for path in segments(tmp_path)}
+    used_bytes[tmp_path / "identity.json"] = (tmp_path / "identity.json").stat().st_size
+
+    for path, size_bytes in used_bytes.items():
+        for offset in range(size_bytes):
             for pattern in FLIPS:
                 flip(path, offset, pattern)
                 with pytest.raises(CorruptLogError) as caught:
@@ -192,6 +330,27 @@ def test_open_when_any_byte_is_flipped_then_refused(tmp_path: Path, segment_byte
 
 
 @pytest.mark.slow
+def test_open_when_any_zero_behind_the_records_is_flipped_then_never_a_wrong_entry(
+    tmp_path: Path,
+) -> None:
+    """Nothing is read out of it: it is cut as a torn tail, or refused."""
+    write_log(tmp_path, entries(1, 2), [entry(3)], entries(4, 6))
+    intact = recover(tmp_path)
+    segment = segments(tmp_path)[0]
+    data, end = segment.read_bytes(), record_ends(segment)[-1]
+
+    for offset in range(end, len(data)):
+        flip(segment, offset)
+        if offset < SECTOR_BYTES:
+            with pytest.raises(CorruptLogError, match="header has a wrong checksum"):
+                recover(tmp_path)
+            flip(segment, offset)
+        else:
+            assert recover(tmp_path) == intact
+            segment.write_bytes(data)
+
+
+@pytest.mark.slow
 def test_open_when_any_byte_is_flipped_beside_zeros_then_never_a_wrong_entry(
     tmp_path: Path,
 ) -> None:
@@ -199,9 +358,9 @@ def test_open_when_any_byte_is_flipped_beside_zeros_then_never_a_wrong_entry(
     last = entry(3, data=b"x" + bytes(1500) + b"x")
     write_log(tmp_path, entries(1, 2), [last])
     segment = segments(tmp_path)[0]
-    data, start = segment.read_bytes(), record_ends(segment)[-2]
+    data, (start, end) = segment.read_bytes(), record_ends(segment)[-2:]
 
-    for offset in range(len(data)):
+    for offset in range(end):
         flip(segment, offset)
         try:
             assert recover(tmp_path).tail == tuple(entries(1, 2))
@@ -215,10 +374,10 @@ def test_open_when_a_page_in_the_middle_is_zero_then_refused(tmp_path: Path) -> 
     """A page that was lost takes whole records with it; the records after it show the damage."""
     write_log(tmp_path, *([item] for item in entries(1, 400)))
     segment = segments(tmp_path)[0]
-    data = segment.read_bytes()
-    assert len(data) > 4 * 4096
+    data, end = segment.read_bytes(), record_ends(segment)[-1]
+    assert end > 4 * 4096
 
-    for page in range(0, len(data) - 4096, 4096):
+    for page in range(0, end - 4096, 4096):
         segment.write_bytes(data[:page] + bytes(4096) + data[page + 4096 :])
         with pytest.raises(CorruptLogError, match=segment.name):
             recover(tmp_path)
@@ -279,25 +438,28 @@ def test_open_when_whole_records_make_no_log_then_refused(tmp_path: Path) -> Non
     data = segment.read_bytes()
 
     for hard_state, batch in wrong:
-        append_raw(tmp_path, hard_state, batch)
-        with pytest.raises(CorruptLogError, match=f"at byte {len(data)}"):
+        start = append_raw(tmp_path, hard_state, batch)
+        with pytest.raises(CorruptLogError, match=f"at byte {start}"):
             recover(tmp_path)
         segment.write_bytes(data)
     assert recover(tmp_path).last_index == 3
 
 
-def test_open_when_written_by_a_later_version_then_told_to_use_that(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("version", "fields_bytes"), [(1, 16), (3, 100)])
+def test_open_when_written_by_another_version_then_told_to_use_that(
+    tmp_path: Path, version: int, fields_bytes: int
+) -> None:
     """An unknown format is no damage, and throwing the data away is no advice."""
     write_log(tmp_path, entries(1, 3))
     segment = segments(tmp_path)[0]
     data = segment.read_bytes()
-    header = replication_log._SEGMENT_HEADER.pack(b"RLOG", 2, 1, 1, 0)[:-4]
+    header = b"RLOG" + version.to_bytes(4, "big") + b"x" * fields_bytes
     segment.write_bytes(replication_log._sealed(header) + data[len(header) + 4 :])
 
-    with pytest.raises(UnknownFormatError, match=r"version 2.*Start the version"):
+    with pytest.raises(UnknownFormatError, match=rf"version {version}.*Start the version"):
         recover(tmp_path)
     segment.write_bytes(data)
     path = tmp_path / "identity.json"
-    path.write_bytes(replication_log._encode_identity({"format_version": 2, "new": "field"}))
-    with pytest.raises(UnknownFormatError, match=r"identity\.json.*version 2"):
+    path.write_bytes(replication_log._encode_identity({"format_version": version, "new": "field"}))
+    with pytest.raises(UnknownFormatError, match=rf"identity\.json.*version {version}"):
         recover(tmp_path)
