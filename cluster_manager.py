@@ -15,17 +15,15 @@ Thread ``main`` calls everything here; a pool asks all nodes at once. The nodes'
 from __future__ import annotations
 
 import argparse
-import fcntl
 import functools
 import json
-import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -38,88 +36,73 @@ from rich.table import Table
 from rich.text import Text
 
 from cluster_nodes import (
+    NODES_DEFAULT,
     POLL_S,
+    RECORD_NAME,
+    ClusterBusyError,
     ClusterStatus,
+    LocalNodes,
     ManagerError,
+    Member,
     Node,
-    NodeStatus,
     Processes,
+    Record,
+    RefusedError,
     Report,
     Spawn,
+    ask,
     counted,
     ending,
-    free_ports,
     is_free,
     port_user,
-    summarize,
-    voters_of,
-    write_durably,
 )
-from kv_config import (
-    PEER_PORT_OFFSET,
-    PORT_MAX,
-    Address,
-    ConfigError,
-    format_address,
-    parse_settings,
-)
+from kv_config import EXIT_CONFIG, EXIT_REMOVED, PEER_PORT_OFFSET, Address, ConfigError
 
 __all__ = ["ClusterBusyError", "ClusterManager", "ManagerError", "main"]
 
-NODES_DEFAULT: Final = 3
 BASE_PORT_DEFAULT: Final = 6379
 SERVER_SCRIPT: Final = Path(__file__).with_name("kv_store_server.py")
 START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 10.0  # as Docker's, before it kills
-LOCK_TIMEOUT_S: Final = 5.0
+TAKE_BACK_TIMEOUT_S: Final = 10.0
+COMMAND_TIMEOUT_S: Final = 10.0  # a transfer of leadership ends within an election timeout
+REFUSED_FOR_NOW: Final = ("BUSY", "NO_PRIMARY", "NOT_PRIMARY")
 WATCH_S: Final = 0.5
-RECORD_NAME: Final = "cluster.json"
 NOT_RUNNING: Final = "The cluster is not running."
-# How a node ends that must not be restarted: wrong data, wrong cluster, removed (raft-traps T65).
-EXIT_CONFIG: Final = os.EX_CONFIG
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 BACKOFF_S_MAX: Final = 30.0
 STABLE_S: Final = 60.0  # a node that ran so long starts with a fresh back-off
 
-# Given to every node by the manager, so not to be given after ``--``.
-OWN_FLAGS: Final = ("--node-id", "--port", "--peer-port", "--data-dir", "--join", "--primary")
+# ---- What is waited for, and when a node is started again ----------------------------------------
 
 
-class ClusterBusyError(ManagerError):
-    """Another manager starts or stops nodes of the same data directory."""
+def _waiting(status: ClusterStatus, node_ids: Iterable[str], committed: int) -> str:
+    """What is missing until these nodes have their vote and ``committed`` applied; "" if nothing.
+
+    A learner that is to stay one needs no vote.
+    """
+    rows = [status.row(node_id) for node_id in node_ids]
+    for node in rows:
+        if node.problem:
+            return f"{node.node_id} {node.problem}"
+    if status.primary is None:
+        return "no primary is elected"
+    for node in rows:
+        if not (node.voter or node.learner):
+            return f"{node.node_id} is not a voter yet"
+        if (node.applied_index or 0) < committed:
+            return f"{node.node_id} has applied {node.applied_index} of {committed} entries"
+    return ""
 
 
-# ---- What is recorded and remembered -------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Founding:
-    """The record that a cluster was founded here, and with which shape."""
-
-    cluster_id: str = ""
-    nodes: int = NODES_DEFAULT
-    base_port: int = BASE_PORT_DEFAULT
-
-    @staticmethod
-    def load(path: Path) -> Founding | None:
-        try:
-            fields = json.loads(path.read_bytes())
-            return Founding(fields["cluster_id"], int(fields["nodes"]), int(fields["base_port"]))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ManagerError(
-                f"{path} cannot be read ({error}). It says which cluster was founded here: "
-                "restore it, or remove it; the nodes that have data keep it."
-            ) from error
-
-
-def _primary(nodes: Iterable[NodeStatus], founded: Founding | None) -> NodeStatus | None:
-    """The primary of the highest term: one that was cut off may not know yet that it was."""
-    claims = [node for node in nodes if node.role == "PRIMARY"]
-    if founded:
-        claims = [node for node in claims if node.cluster_id == founded.cluster_id]
-    return max(claims, key=lambda node: node.term or 0, default=None)
+def _risk(status: ClusterStatus, without: str, *, voters: int) -> str:
+    """Why the cluster, then of so many voters, can't do without that node; "" if it can."""
+    left, needed = len(status.following - {without}), voters // 2 + 1
+    if status.healthy and left >= needed:
+        return ""
+    if not status.healthy:
+        return "no majority of the voters follows a primary"
+    return f"of {counted(voters, 'voter')} {needed} are needed, and {left} would be left"
 
 
 @dataclass(slots=True)
@@ -144,19 +127,25 @@ class _Restarts:
         return pause_s
 
 
-def _waiting(status: ClusterStatus, committed: int) -> str:
-    """What is missing until all are voters that have applied ``committed``; empty if nothing."""
-    for node in status.nodes:
-        if node.problem:
-            return f"{node.node_id} {node.problem}"
-    if status.primary is None:
-        return "no primary is elected"
-    for node in status.nodes:
-        if not node.voter:
-            return f"{node.node_id} is not a voter yet"
-        if (node.applied_index or 0) < committed:
-            return f"{node.node_id} has applied {node.applied_index} of {committed} entries"
-    return ""
+class NodeError(ManagerError):
+    """One node cannot go on as it is."""
+
+    def __init__(self, node: Node, message: str) -> None:
+        super().__init__(f"{node.node_id} {message}")
+        self.node = node
+
+
+class RemovedError(NodeError):
+    """The node was removed from the cluster."""
+
+    def __init__(self, node: Node) -> None:
+        super().__init__(node, "was removed from the cluster")
+
+
+def _answers(member: Member) -> bool:
+    with suppress(OSError, ValueError):
+        return ask((member.host, member.port), "STATUS").get("member_id") == member.member_id
+    return False
 
 
 # ---- The manager ---------------------------------------------------------------------------------
@@ -169,13 +158,14 @@ def _nothing(_: str) -> None:
 class ClusterManager:
     """The nodes of one data directory. For one thread; two managers exclude each other by a lock.
 
-    ``base_port=None`` takes free ports. ``server_args`` go to every node. Raises ConfigError if
-    the nodes would refuse their settings.
+    ``nodes`` and ``base_port`` are for the founding; later what is recorded counts, except that
+    ``start`` adds the nodes that there are too few of. ``base_port=None`` takes free ports.
+    ``server_args`` go to every node. Raises ConfigError if the nodes would refuse their settings.
     """
 
     def __init__(
         self,
-        nodes: int = NODES_DEFAULT,
+        nodes: int | None = None,
         base_port: int | None = BASE_PORT_DEFAULT,
         data_dir: Path = Path("data"),
         server_args: Sequence[str] = (),
@@ -187,21 +177,17 @@ class ClusterManager:
         start_timeout_s: float = START_TIMEOUT_S,
         stop_timeout_s: float = STOP_TIMEOUT_S,
     ) -> None:
-        if nodes < 1:
-            raise ConfigError(f"--nodes: a cluster has at least one node, not {nodes}")
-        for word in server_args:
-            if (flag := word.partition("=")[0]) in OWN_FLAGS:
-                raise ConfigError(f"{flag} is given to each node by the manager: leave it out")
         self.data_dir = data_dir
-        self._record_path = data_dir / RECORD_NAME
-        self._base_port = free_ports(nodes)[0] if base_port is None else base_port
-        self._server_args = tuple(server_args)
         self._clock = clock
-        self._processes = Processes(spawn, clock, stop_timeout_s)
-        self._program = (python, str(server_script))
         self._start_timeout_s = start_timeout_s
-        self.nodes = tuple(self._place(number) for number in range(1, nodes + 1))
-        self._restarts = {node.node_id: _Restarts() for node in self.nodes}
+        self._processes = Processes(spawn, clock, stop_timeout_s)
+        program = (python, str(server_script))
+        self._local = LocalNodes(nodes, base_port, data_dir, server_args, program, self._processes)
+        self._restarts: defaultdict[str, _Restarts] = defaultdict(_Restarts)  # by node id
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return self._local.nodes
 
     @property
     def addresses(self) -> tuple[Address, ...]:
@@ -209,28 +195,32 @@ class ClusterManager:
         return tuple(node.address for node in self.nodes)
 
     def node(self, node_id: str) -> Node:
-        for node in self.nodes:
-            if node.node_id == node_id:
-                return node
-        raise ManagerError(f"there is no {node_id} in this cluster of {len(self.nodes)}")
+        return self._local.node(node_id)
+
+    def status(self) -> ClusterStatus:
+        """The cluster as it is now; it takes no longer than one slow answer."""
+        self._local.load()
+        return self._local.status()
 
     # ---- Start ----
 
     def start(self, report: Report = print, progress: Report = _nothing) -> None:
         """Start what does not run, and wait until all are voters that answer.
 
-        Raises ManagerError with the reason, after it has stopped what it had started.
+        Raises ManagerError with the reason. Then what it had started is stopped; except where
+        there was a cluster already and it has a majority without the node that failed.
         """
-        with self._exclusively():
+        with self._local.exclusively():
             self._start_locked(report, progress)
 
     def _start_locked(self, report: Report, progress: Report) -> None:
         deadline = self._clock() + self._start_timeout_s
+        self._local.grow()
         missing = [node for node in self.nodes if not self._processes.find(node)]
         founding = self._check_may_start(missing)
         count = len(self.nodes)
         if not missing:
-            self._await_ready(deadline, progress)
+            self._await_ready(self.nodes, deadline, progress)
             runs = f"{counted(count, 'node')}, primary {self.status().primary}"
             report(f"The cluster runs already ({runs}).")
             return
@@ -244,27 +234,37 @@ class ClusterManager:
             for node in missing:
                 # Who is elected after a restart is not known yet: node1 is named, as at founding.
                 first = len(missing) == count and node is self.nodes[0]
-                role = "PRIMARY" if first else "SECONDARY"
+                role = "PRIMARY" if first else "LEARNER" if node.learner else "SECONDARY"
                 report(f"Starting {node.node_id} on port {node.port} ({role})...")
                 started.append(node)
-                self._spawn(node, primary=founding and first)
+                self._local.spawn(node, primary=founding and first)
                 if founding and first:
                     self._await_founded(node, deadline, progress)
-            self._await_ready(deadline, progress)
+            self._await_all(report, deadline, progress)
+        except ManagerError as error:
+            if isinstance(error, NodeError):
+                self._processes.end([error.node], _nothing)
+            if founding or not self._has_majority(deadline, progress):
+                self._processes.end(started, _nothing)
+                raise
+            raise ManagerError(f"{error}\nA majority of the nodes runs, and is left so.") from error
         except BaseException:
             self._processes.end(started, _nothing)
             raise
         report("Cluster started successfully!")
 
+    def _has_majority(self, deadline: float, progress: Report) -> bool:
+        """Whether what runs comes to have a primary, if it is enough to."""
+        while not self._local.status().healthy:
+            running = sum(bool(self._processes.find(node)) for node in self.nodes)
+            if 2 * running <= len(self.nodes) or self._clock() > deadline:
+                return False
+            progress("the others elect a primary")
+            time.sleep(POLL_S)
+        return True
+
     def _check_may_start(self, missing: Sequence[Node]) -> bool:
         """True if node1 is to found the cluster. Raises ManagerError if a start must fail."""
-        record = self._founding()
-        if record and (record.base_port != self._base_port or record.nodes > len(self.nodes)):
-            raise ManagerError(
-                f"{self._record_path} says that this cluster has {record.nodes} nodes from port "
-                f"{record.base_port} on: start it with --nodes {record.nodes} (or more) "
-                f"--base-port {record.base_port}, or give another --data-dir"
-            )
         for node in missing:
             for port, users in ((node.port, "clients"), (node.peer_port, "peers")):
                 if not is_free(node.listen_host, port):
@@ -273,11 +273,11 @@ class ClusterManager:
                         f"{port_user(port)}: end that process, or give another --base-port"
                     )
         nobody = len(missing) == len(self.nodes) and not any(n.holds_data() for n in self.nodes)
-        if record and nobody:
+        if self._local.record and nobody:
             raise ManagerError(
                 f"no node directory in {self.data_dir} holds data any more, but a cluster was "
                 f"founded there. Restore the directories; or, if the data may be given up, remove "
-                f"{self._record_path}, and a new cluster is founded"
+                f"{self._local.record_path}, and a new cluster is founded"
             )
         return nobody
 
@@ -287,24 +287,37 @@ class ClusterManager:
             self._check_alive((node,))
             progress(f"{node.node_id} founds the cluster")
             self._pause(deadline, f"{node.node_id} has not founded the cluster")
-        self._record(cluster_id)
+        self._local.founded(cluster_id)
 
-    def _await_ready(self, deadline: float, progress: Report) -> None:
-        """Wait until every node is a voter that answers and has what was committed by then."""
+    def _await_all(self, report: Report, deadline: float, progress: Report) -> None:
+        """Wait until all are ready; forget those that turn out to be no members any more."""
+        while True:
+            try:
+                status = self._await_ready(self.nodes, deadline, progress)
+            except RemovedError as error:
+                report(f"{error}. {self._forget(error.node)}")
+            else:
+                assert status.cluster_id is not None
+                self._local.founded(status.cluster_id)
+                return
+
+    def _await_ready(
+        self, nodes: Sequence[Node], deadline: float, progress: Report
+    ) -> ClusterStatus:
+        """Wait until the nodes are voters that answer and have what was committed by then."""
+        node_ids = [node.node_id for node in nodes]
         committed = 0
         while True:
-            self._check_alive(self.nodes)
-            status = self.status()
-            self._check_one_cluster(status)
-            waiting = _waiting(status, committed)
+            self._check_alive(nodes)
+            status = self._local.status()
+            self._check_belongs(nodes, status)
+            waiting = _waiting(status, node_ids, committed)
             if not waiting and not committed:
                 # A mark that stands still: under load no secondary is ever level with the primary.
                 committed = max(node.commit_index or 0 for node in status.nodes)
-                waiting = _waiting(status, committed)
+                waiting = _waiting(status, node_ids, committed)
             if not waiting:
-                assert status.cluster_id is not None
-                self._record(status.cluster_id)
-                return
+                return status
             progress(waiting)
             self._pause(deadline, waiting)
 
@@ -317,24 +330,30 @@ class ClusterManager:
     def _check_alive(self, nodes: Iterable[Node]) -> None:
         for node in nodes:
             if not self._processes.find(node):
-                how = ending(self._processes.exit_status(node))
-                raise ManagerError(
-                    f"{node.node_id} {how} while the cluster was starting. "
-                    f"{self._processes.log_end(node)}"
-                )
+                status = self._processes.exit_status(node)
+                if status == EXIT_REMOVED:
+                    raise RemovedError(node)
+                log_end = self._processes.log_end(node)
+                raise NodeError(node, f"{ending(status)} while it was starting. {log_end}")
 
-    def _check_one_cluster(self, status: ClusterStatus) -> None:
+    def _check_belongs(self, nodes: Iterable[Node], status: ClusterStatus) -> None:
+        """Raises NodeError if one of ``nodes`` is of another cluster, or was removed from this."""
+        record = self._local.record
         ids = {node.node_id: node.cluster_id for node in status.nodes if node.cluster_id}
-        record = self._founding()
-        expected = record.cluster_id if record else next(iter(ids.values()), None)
-        for node_id, cluster_id in ids.items():
-            if cluster_id != expected:
-                where = self._record_path if record else next(iter(ids))
-                raise ManagerError(
-                    f"{node_id} belongs to cluster {cluster_id}, but {where} says {expected}: "
-                    f"{self.node(node_id).directory} comes from another cluster. Move it away, and "
-                    f"{node_id} joins this one as a new member"
+        where, expected = next(iter(ids.items()), ("", None))
+        if record:
+            where, expected = str(self._local.record_path), record.cluster_id
+        for node in nodes:
+            if ids.get(node.node_id, expected) != expected:
+                raise NodeError(
+                    node,
+                    f"belongs to cluster {ids[node.node_id]}, but {where} says {expected}: "
+                    f"{node.directory} comes from another cluster. Move it away, and "
+                    f"{node.node_id} joins this one as a new member",
                 )
+            # Only a majority's word: an old primary may not know the newest members.
+            if status.healthy and status.row(node.node_id).removed:
+                raise RemovedError(node)
 
     # ---- Stop, restart ----
 
@@ -343,36 +362,249 @@ class ClusterManager:
         if not self.data_dir.is_dir():
             report(NOT_RUNNING)  # and no directory is made to say so
             return
-        with self._exclusively():
-            self._stop_locked(report)
+        with self._local.exclusively():
+            if not any(self._processes.find(node) for node in self.nodes):
+                report(NOT_RUNNING)
+            else:
+                # The primary last, so that no election is held among nodes that are about to stop.
+                primary = self._local.status().primary
+                self._processes.end([n for n in self.nodes if n.node_id != primary], report)
+                self._processes.end([n for n in self.nodes if n.node_id == primary], report)
+                report("Cluster stopped.")
+            for node in self.nodes:
+                node.pid_file.unlink(missing_ok=True)  # stale ones too
 
     def restart(self, report: Report = print, progress: Report = _nothing) -> None:
-        """Stop everything and start it again."""
-        with self._exclusively():
-            self._stop_locked(report)
-            self._start_locked(report, progress)
+        """Restart one node after the other, the primary last, while the rest goes on serving.
 
-    def _stop_locked(self, report: Report) -> None:
-        if not any(self._processes.find(node) for node in self.nodes):
-            report(NOT_RUNNING)
-        else:
-            # The primary last, so that no election is held among nodes that are about to stop.
-            primary = self.status().primary
-            self._processes.end([node for node in self.nodes if node.node_id != primary], report)
-            self._processes.end([node for node in self.nodes if node.node_id == primary], report)
-            report("Cluster stopped.")
+        Raises ManagerError, and leaves the others as they are, if a node does not come back or if
+        a majority would be at risk.
+        """
+        with self._local.exclusively():
+            if not any(self._processes.find(node) for node in self.nodes):
+                report(NOT_RUNNING)
+                self._start_locked(report, progress)
+                return
+            left, count = list(self.nodes), len(self.nodes)
+            while left:
+                node = self._next_to_restart(left)
+                number = f"{count - len(left) + 1} of {count}"
+                try:
+                    self._restart_one(node, number, report, progress)
+                except RemovedError as error:
+                    report(f"{error}. {self._forget(error.node)}")
+                except ManagerError as error:
+                    names = ", ".join(each.node_id for each in left)
+                    raise ManagerError(f"{error}\nStill to be restarted: {names}.") from error
+                left.remove(node)
+            report(f"All nodes were restarted; {self._local.status().tolerance}.")
+
+    def _next_to_restart(self, left: Sequence[Node]) -> Node:
+        """One that does not run before one that does, and the primary last, whoever it is now."""
+        primary = self._local.status().primary
+        return min(
+            left, key=lambda node: (node.node_id == primary, bool(self._processes.find(node)))
+        )
+
+    def _restart_one(self, node: Node, number: str, report: Report, progress: Report) -> None:
+        if self._processes.find(node):
+            status = self._local.status()
+            risk = _risk(status, node.node_id, voters=status.voters)
+            if risk and not node.learner:
+                raise ManagerError(
+                    f"{node.node_id} is not restarted now: {risk} (--action stop and --action "
+                    "start restart all at once)"
+                )
+            if node.node_id == status.primary:
+                self._hand_over(node.node_id, None, report, progress)
+        report(f"Restarting {node.node_id} ({number})...")
+        try:
+            self._processes.end([node], _nothing)
+        finally:
+            self._local.spawn(node)  # also if one lost patience: it was not to stay down
+        self._await_ready([node], self._clock() + self._start_timeout_s, progress)
+
+    # ---- Members ----
+
+    def failover(
+        self, to: str | None = None, report: Report = print, progress: Report = _nothing
+    ) -> None:
+        """Have the primary hand over to ``to``, or to the voter that is most up to date."""
+        with self._local.exclusively():
+            old = self._need_primary().primary
+            assert old is not None
+            if to == old:
+                report(f"{to} is the primary already.")
+            else:
+                self._hand_over(old, to, report, progress)
+
+    def _hand_over(self, old: str, to: str | None, report: Report, progress: Report) -> None:
+        def done(status: ClusterStatus) -> bool:
+            return status.primary not in (None, old) and to in (None, status.primary)
+
+        command = f"FAILOVER TO {to}" if to else "FAILOVER"
+        status = self._tell_primary(command, done, progress)
+        report(f"{status.primary} is the primary now, in place of {old}.")
+
+    def add(
+        self,
+        node_id: str,
+        learner: bool = False,
+        report: Report = print,
+        progress: Report = _nothing,
+    ) -> None:
+        """Start one more node, on the next free port, and wait until it is a voter.
+
+        A ``learner`` never votes: wait until it has caught up. Raises ManagerError, and takes
+        everything back, if it does not come to that.
+        """
+        with self._local.exclusively():
+            status = self._need_primary()
+            if member := status.member(node_id):
+                raise ManagerError(
+                    f"there is a {node_id} already, at {member.host}:{member.port} (to bring it "
+                    "back after its directory or its machine was lost: --action replace)"
+                )
+            for node in self.nodes:
+                if node.node_id == node_id:  # it was removed, but is still on our list
+                    report(self._forget(node))
+            node = self._local.new_place(node_id, learner=learner)
+            try:
+                self._bring_in(node, report, progress)
+            except ManagerError as error:
+                self._take_back(node_id, report)
+                raise ManagerError(f"{node_id} was not added: {error}") from error
+            except BaseException:
+                self._take_back(node_id, report)
+                raise
+
+    def _take_back(self, node_id: str, report: Report) -> None:
+        try:
+            self._take_out(node_id, report, _nothing, within_s=TAKE_BACK_TIMEOUT_S)
+        except ManagerError as error:
+            # It may have its vote already: without its process there might be no majority.
+            report(f"{node_id} can't be taken back now ({error}): --action remove does so later.")
+
+    def remove(self, node_id: str, report: Report = print, progress: Report = _nothing) -> None:
+        """Make the node a member no more, end its process, and set its directory aside."""
+        with self._local.exclusively():
+            status = self._need_primary()
+            ours = any(node.node_id == node_id for node in self.nodes)
+            if not ours and status.member(node_id) is None:
+                names = ", ".join(member.node_id for member in status.members)
+                raise ManagerError(f"there is no {node_id} in this cluster of {names}")
+            self._check_may_lose(node_id, status)
+            if status.primary == node_id:
+                self._hand_over(node_id, None, report, progress)
+            self._take_out(node_id, report, progress)
+            report(f"{self._local.status().tolerance}.")
+
+    def replace(self, node_id: str, report: Report = print, progress: Report = _nothing) -> None:
+        """Remove a member whose directory or machine was lost, and start a new one of that name."""
+        with self._local.exclusively():
+            status = self._need_primary()
+            node = next((node for node in self.nodes if node.node_id == node_id), None)
+            member = status.member(node_id)
+            if node is None and member is None:
+                raise ManagerError(f"there is no {node_id} to replace: --action add brings it in")
+            if (node and self._processes.find(node)) or (member and _answers(member)):
+                raise ManagerError(
+                    f"{node_id} runs, and is replaced only when it is lost. A running node leaves "
+                    "with --action remove, and comes back as a new one with --action add"
+                )
+            self._check_may_lose(node_id, status)
+            new = node or self._local.new_place(node_id)
+            self._take_out(node_id, report, progress)
+            self._bring_in(new, report, progress)
+
+    def _need_primary(self) -> ClusterStatus:
+        """The status, with a primary and its members in it. Raises ManagerError otherwise."""
+        status = self._local.status()
+        if not status.healthy or not status.members:
+            raise ManagerError(
+                "no majority of the voters follows a primary, and without one nothing can be "
+                "changed (--action status says more, --action start starts what is missing)"
+            )
+        return status
+
+    def _check_may_lose(self, node_id: str, status: ClusterStatus) -> None:
+        member = status.member(node_id)
+        if member is None or not member.voter:
+            return
+        if status.voters == 1:
+            raise ManagerError(f"{node_id} is the last voter: --action stop ends the cluster")
+        if risk := _risk(status, node_id, voters=status.voters - 1):
+            raise ManagerError(f"{node_id} is not removed now: without it, {risk}")
+
+    def _tell_primary(
+        self,
+        command: str,
+        done: Callable[[ClusterStatus], bool],
+        progress: Report,
+        within_s: float | None = None,
+    ) -> ClusterStatus:
+        """Give the primary a command, again while it is busy or lost, until the status is so."""
+        deadline = self._clock() + (within_s or self._start_timeout_s)
+        accepted = False
+        while not done(status := self._local.status()):
+            waiting = f"{command} is not done yet"
+            if status.primary and not accepted:
+                try:
+                    ask(self.node(status.primary).reached_at, command, COMMAND_TIMEOUT_S)
+                    accepted = True
+                except RefusedError as error:
+                    if error.code not in REFUSED_FOR_NOW:
+                        raise ManagerError(
+                            f"{status.primary} refuses {command}: {error.message}"
+                        ) from error
+                    waiting = f"{command}: {error.message}"
+                except (OSError, ValueError) as error:
+                    waiting = f"{command}: {error}"
+            progress(waiting)
+            self._pause(deadline, waiting)
+        return status
+
+    def _take_out(
+        self, node_id: str, report: Report, progress: Report, within_s: float | None = None
+    ) -> None:
+        """Remove the member, if there is one, and then the node, if it is ours; repeatable."""
+
+        def gone(status: ClusterStatus) -> bool:
+            return bool(status.members) and status.member(node_id) is None
+
+        if not gone(self._local.status()):
+            self._tell_primary(f"MEMBER REMOVE {node_id}", gone, progress, within_s)
+            report(f"{node_id} is no longer a member.")
         for node in self.nodes:
-            node.pid_file.unlink(missing_ok=True)  # stale ones too
+            if node.node_id == node_id:
+                report(self._forget(node))
+
+    def _forget(self, node: Node) -> str:
+        """End what runs of a removed node, and take it off the record; what became of its data."""
+        self._processes.end([node], _nothing)
+        aside = self._local.forget(node, "removed")
+        kept = f"its data is kept in {aside}" if aside else "it had no data on disk"
+        return f"{node.node_id} has ended; {kept}."
+
+    def _bring_in(self, node: Node, report: Report, progress: Report) -> None:
+        """Start a node that is to be a new member, and wait until it is."""
+        self._local.remember(node)  # before it runs: nobody else would know of its process
+        role = "LEARNER" if node.learner else "SECONDARY"
+        report(f"Starting {node.node_id} on port {node.port} ({role})...")
+        self._local.spawn(node)
+        status = self._await_ready([node], self._clock() + self._start_timeout_s, progress)
+        what = "has caught up, and stays a learner" if node.learner else "is a voter"
+        report(f"{node.node_id} {what}; {status.tolerance}.")
 
     # ---- One node, for tests, demos and the monitor ----
 
     def start_node(self, node_id: str) -> int:
         """Start a node that does not run, without waiting for it; the pid of its process."""
-        with self._exclusively():
+        with self._local.exclusively():
             node = self.node(node_id)
             if process := self._processes.find(node):
                 raise ManagerError(f"{node_id} runs already, with pid {process.pid}")
-            return self._spawn(node)
+            return self._local.spawn(node)
 
     def kill_node(self, node_id: str) -> None:
         """SIGKILL: the node ends at once, as in a crash. Its pid file stays."""
@@ -390,16 +622,6 @@ class ClusterManager:
         if process is None:
             raise ManagerError(f"{node_id} does not run")
         return process
-
-    # ---- Status ----
-
-    def status(self) -> ClusterStatus:
-        """The cluster as it is now; it takes no longer than one slow answer."""
-        with ThreadPoolExecutor(len(self.nodes), thread_name_prefix="ask") as pool:
-            seen = list(pool.map(self._processes.look, self.nodes))
-        primary = _primary(seen, self._founding())
-        voters = voters_of(self.node(primary.node_id).reached_at) if primary else frozenset()
-        return summarize(seen, primary, voters)
 
     # ---- Monitor ----
 
@@ -419,7 +641,7 @@ class ClusterManager:
 
     def watch(self) -> list[str]:
         """Look at every process once, restart what is due, and say what was done."""
-        with suppress(ClusterBusyError), self._exclusively(wait_s=0):
+        with suppress(ClusterBusyError), self._local.exclusively(wait_s=0):
             return [event for node in self.nodes for event in self._watch_locked(node)]
         return []  # someone starts or stops the nodes: what is missing now is no failure
 
@@ -430,76 +652,23 @@ class ClusterManager:
             restarts.due, restarts.given_up = None, False
         elif restarts.due is None and not restarts.given_up:
             status = self._processes.exit_status(node)
-            if status == EXIT_CONFIG:
+            if status in (EXIT_CONFIG, EXIT_REMOVED):
                 restarts.given_up = True
+                why = "its data or its cluster is wrong"
+                if status == EXIT_REMOVED:
+                    why = "it was removed from the cluster"
                 yield (
-                    f"{node.node_id} exited with status {EXIT_CONFIG}: its data or its cluster is "
-                    f"wrong, so it is not restarted. {self._processes.log_end(node)}"
+                    f"{node.node_id} exited with status {status}: {why}, so it is not restarted. "
+                    f"{self._processes.log_end(node)}"
                 )
                 return
             pause_s = restarts.died(now)
             when = f"in {pause_s:g} s" if pause_s else "now"
             yield f"{node.node_id} {ending(status)}; it is restarted {when}."
         if restarts.due is not None and restarts.due <= now:
-            pid = self._spawn(node)
+            pid = self._local.spawn(node)
             restarts.due, restarts.started = None, now
             yield f"{node.node_id} was restarted with pid {pid}."
-
-    # ---- Settings, record, lock ----
-
-    def _spawn(self, node: Node, *, primary: bool = False) -> int:
-        """Start the node's process; its pid."""
-        command = self._command(node)
-        return self._processes.start(node, [*command, "--primary"] if primary else command)
-
-    def _place(self, number: int) -> Node:
-        """The node of that number. Raises ConfigError if a server would refuse its settings."""
-        node_id, port = f"node{number}", self._base_port + number - 1
-        peer_port, directory = port + PEER_PORT_OFFSET, self.data_dir / node_id
-        if peer_port > PORT_MAX:
-            raise ConfigError(f"--base-port: {node_id}'s port for peers would be {peer_port}")
-        given = {"node-id": node_id, "port": port, "peer-port": peer_port, "data-dir": directory}
-        flags = tuple(f"--{name}={value}" for name, value in given.items())
-        settings = parse_settings([*flags, *self._server_args], os.environ)
-        if settings.primary:
-            raise ConfigError(
-                "the manager says which node founds the cluster: take `primary` out of KV_PRIMARY "
-                "and of the configuration file"
-            )
-        address = settings.advertise_host, port
-        return Node(node_id, settings.host, address, peer_port, directory, flags)
-
-    def _command(self, node: Node) -> list[str]:
-        # A single node is told of itself: without --join it would look for a cluster on 6379.
-        others = [other for other in self.nodes if other != node] or [node]
-        join = ",".join(format_address(other.address) for other in others)
-        return [*self._program, *node.flags, f"--join={join}", *self._server_args]
-
-    def _founding(self) -> Founding | None:
-        return Founding.load(self._record_path)
-
-    def _record(self, cluster_id: str) -> None:
-        record = Founding(cluster_id, len(self.nodes), self._base_port)
-        if record != self._founding():
-            write_durably(self._record_path, asdict(record))
-
-    @contextmanager
-    def _exclusively(self, wait_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
-        """Hold the lock of the data directory. Raises ClusterBusyError if another holds it."""
-        deadline = self._clock() + wait_s
-        self.data_dir.mkdir(parents=True, exist_ok=True)
-        with (self.data_dir / "cluster.lock").open("a") as file:
-            while True:
-                with suppress(BlockingIOError):
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                if self._clock() >= deadline:
-                    raise ClusterBusyError(
-                        f"another cluster_manager starts or stops nodes in {self.data_dir}; "
-                        "wait until it is done"
-                    )
-                time.sleep(POLL_S / 2)
-            yield
 
 
 # ---- The program ---------------------------------------------------------------------------------
@@ -517,7 +686,7 @@ def _picture(status: ClusterStatus) -> Group:
         up = None if node.uptime_seconds is None else timedelta(seconds=int(node.uptime_seconds))
         table.add_row(
             node.node_id,
-            node.role or ("no answer" if node.alive else "down"),
+            "removed" if node.removed else node.role or ("no answer" if node.alive else "down"),
             "yes" if node.voter else "no",
             *("-" if number is None else str(number) for number in (*numbers, node.port, node.pid)),
             "-" if node.memory_bytes is None else f"{node.memory_bytes / 1024**2:.1f} MiB",
@@ -526,9 +695,9 @@ def _picture(status: ClusterStatus) -> Group:
             style=style,
         )
     lines = [f"{node.node_id} {node.problem}." for node in status.nodes if node.problem]
+    lines += [f"{node.node_id} reports: {node.trouble}." for node in status.nodes if node.trouble]
     if status.healthy:
-        more = counted(status.failures_tolerated, "more failure")
-        lines.append(f"Healthy: {status.primary} is primary; {more} would be tolerated.")
+        lines.append(f"Healthy: {status.primary} is primary; {status.tolerance}.")
     else:
         lines.append("Not healthy: no majority of the voters follows a primary.")
     return Group(table, *(Text(line) for line in lines))
@@ -541,26 +710,49 @@ def _console() -> Console:
 
 _EPILOG = """\
 actions:
-  start    found the cluster, or resume it; returns once all nodes are voters that answer. Started
-           twice, it says that the cluster runs already; nodes that are missing are started
-  status   one row a node (--json: the same for scripts)
-  stop     secondaries first, then the primary; SIGKILL for what does not stop within 10 s
-  restart  stop, then start
-  monitor  stay in the foreground, restart nodes that die (after 0, 1, 2, 4 ... 30 s) and show the
-           status live; starts the cluster if nothing runs. Ctrl-C leaves the nodes running
+  start     found the cluster, or resume it; returns once all nodes are voters that answer. Started
+            twice, it says that the cluster runs already; nodes that are missing are started, and
+            with a higher --nodes new ones are added
+  status    one row a node, and how many failures are tolerated now (--json: the same for scripts)
+  stop      secondaries first, then the primary; SIGKILL for what does not stop within 10 s
+  restart   one node after the other while the rest serves: what is down, the secondaries, the
+            primary after it has handed over. Ends where a majority would be at risk
+  monitor   stay in the foreground, restart nodes that die (after 0, 1, 2, 4 ... 30 s) and show the
+            status live; starts the cluster if nothing runs. Ctrl-C leaves the nodes running
+  add       --node-id NAME [--learner]: one more node, on the next free port; returns once it is a
+            voter, or a learner that has caught up. If that fails, it is taken back
+  remove    --node-id NAME: a member no more; its process ends, its directory is set aside
+  replace   --node-id NAME: for a node whose directory or machine is lost; the old member is removed
+            and a new one of that name takes its place
+  failover  [--to NAME]: the primary hands over to that node, or to the one that is most up to date
 
 examples:
   %(prog)s --action start
   %(prog)s --action start --nodes 5 --base-port 7000 --data-dir elsewhere
   %(prog)s --action start -- --replication async --heartbeat-interval 0.5
   %(prog)s --action status --json
+  %(prog)s --action add --node-id node4
+  %(prog)s --action add --node-id copy1 --learner
+  %(prog)s --action failover --to node2
 
 The nodes run on when this program ends. Their output is in DIR/node1.log and so on.
-What stands after -- is given to every node; kv_store_server.py --help lists it.
+What stands after -- is given to every node that is started; kv_store_server.py --help lists it.
 
 exit status: 0 done (status: a majority is healthy), 1 failed (status: it is not), 2 wrong
-arguments, 130 interrupted by Ctrl-C: a start has then stopped what it had started.
+arguments, 130 interrupted by Ctrl-C: a start or an add has then taken back what it had started.
 """
+
+ACTIONS: Final = (
+    *("start", "status", "stop", "restart", "monitor"),
+    *("add", "remove", "replace", "failover"),
+)
+# Which actions an option belongs to, and whether these need it.
+_OPTIONS: Final[Mapping[str, tuple[tuple[str, ...], bool]]] = {
+    "--node-id": (("add", "remove", "replace"), True),
+    "--learner": (("add",), False),
+    "--to": (("failover",), False),
+    "--json": (("status",), False),
+}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -568,42 +760,58 @@ def _parser() -> argparse.ArgumentParser:
         prog="cluster_manager.py",
         usage="%(prog)s --action ACTION [--nodes N] [--base-port PORT] [--data-dir DIR] "
         "[-- SERVER-FLAGS]",
-        description="Starts, watches and stops a cluster of key-value nodes on this host.",
+        description="Starts, watches, changes and stops a cluster of key-value nodes on this host.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument
-    actions = ("start", "status", "stop", "restart", "monitor")
-    add("--action", required=True, choices=actions, metavar="ACTION", help=" | ".join(actions))
+    add("--action", required=True, choices=ACTIONS, metavar="ACTION", help=" | ".join(ACTIONS))
     founded = "as it was founded, else"
     add("--nodes", type=int, metavar="N", help=f"(default: {founded} {NODES_DEFAULT})")
     ports = f"node1's port; node2 has the next; for peers they are {PEER_PORT_OFFSET} higher"
     default = f"(default: {founded} {BASE_PORT_DEFAULT})"
     add("--base-port", type=int, metavar="PORT", help=f"{ports} {default}")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: data)")
-    limit = "how long a start may take (default: %(default)g)"
+    limit = "how long to wait for a node or a change (default: %(default)g)"
     add("--timeout", type=float, default=START_TIMEOUT_S, metavar="SECONDS", help=limit)
+    add("--node-id", metavar="NAME", help="with add, remove, replace: which node")
+    add("--learner", action="store_true", help="with add: a read copy, which never votes")
+    add("--to", metavar="NAME", help="with failover: who is to lead")
     add("--json", action="store_true", help="with status: JSON instead of a table")
     return parser
+
+
+def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Leave with exit status 2 if an option does not go with the action, or is missing."""
+    for flag, (actions, needed) in _OPTIONS.items():
+        given = bool(getattr(options, flag[2:].replace("-", "_")))
+        if given and options.action not in actions:
+            parser.error(f"{flag} goes with --action {' or '.join(actions)} only")
+        if needed and not given and options.action in actions:
+            parser.error(f"--action {options.action} needs {flag}")
 
 
 def main(argv: Sequence[str], server_script: Path = SERVER_SCRIPT) -> int:
     """Do what the command line says; the exit status."""
     words = list(argv)
     split = words.index("--") if "--" in words else len(words)
+    parser = _parser()
+    options = parser.parse_args(words[:split])
+    _check_options(parser, options)
+    base_port = options.base_port
     try:
-        options = _parser().parse_args(words[:split])
-        shape = Founding.load(options.data_dir / RECORD_NAME) or Founding()
+        if base_port is None and Record.load(options.data_dir / RECORD_NAME) is None:
+            base_port = BASE_PORT_DEFAULT
         manager = ClusterManager(
-            shape.nodes if options.nodes is None else options.nodes,
-            shape.base_port if options.base_port is None else options.base_port,
+            options.nodes,
+            base_port,
             options.data_dir,
             words[split + 1 :],
             server_script=server_script,
             start_timeout_s=options.timeout,
         )
-        return _act(manager, options.action, options.json)
+        return _act(manager, options)
     except ConfigError as error:
         print(f"cluster_manager: {error}\nTry --help.", file=sys.stderr)
         return 2
@@ -615,25 +823,36 @@ def main(argv: Sequence[str], server_script: Path = SERVER_SCRIPT) -> int:
         return EXIT_INTERRUPTED
 
 
-def _act(manager: ClusterManager, action: str, as_json: bool) -> int:
+def _act(manager: ClusterManager, options: argparse.Namespace) -> int:
     report = functools.partial(print, flush=True)
     progress = _progress() if sys.stderr.isatty() else _nothing
-    if action == "status":
-        status = manager.status()
-        if as_json:
-            print(json.dumps(asdict(status), indent=2))
-        else:
-            _console().print(_picture(status))
-        return 0 if status.healthy else 1
-    if action == "stop":
-        manager.stop(report)
-    elif action == "restart":
-        manager.restart(report, progress)
-    # A monitor needs something to watch.
-    elif action == "start" or not any(node.alive for node in manager.status().nodes):
-        manager.start(report, progress)
-    if action == "monitor":
-        _monitor(manager)
+    match options.action:
+        case "status":
+            status = manager.status()
+            if options.json:
+                print(json.dumps(asdict(status), indent=2))
+            else:
+                _console().print(_picture(status))
+            return 0 if status.healthy else 1
+        case "start":
+            manager.start(report, progress)
+        case "stop":
+            manager.stop(report)
+        case "restart":
+            manager.restart(report, progress)
+        case "monitor":
+            # It needs something to watch.
+            if not any(node.alive for node in manager.status().nodes):
+                manager.start(report, progress)
+            _monitor(manager)
+        case "add":
+            manager.add(options.node_id, options.learner, report, progress)
+        case "remove":
+            manager.remove(options.node_id, report, progress)
+        case "replace":
+            manager.replace(options.node_id, report, progress)
+        case "failover":
+            manager.failover(options.to, report, progress)
     return 0
 
 

@@ -1,30 +1,41 @@
-"""The nodes of one host: their places, their processes, and what is seen of them.
+"""The nodes of one host: the record of them, their processes, and what is seen of them.
 
 Rule 1: a process is known by pid *and* creation time, never by its name.
 Rule 2: nodes outlive who started them: a new session, output to a file, a pid file beside it.
 Rule 3: nodes are reached as any client reaches them, in the line language.
+Rule 4: which nodes there are stands in ``cluster.json`` before the first of their processes runs.
 
-Used by ``cluster_manager.py`` alone, which decides what is to be done.
+``cluster_manager.py`` decides what is to be done with them.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import itertools
 import json
 import os
 import secrets
 import socket
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Final
+from typing import Final, NamedTuple
 
 import psutil
 
-from kv_config import PEER_PORT_OFFSET, Address
+from kv_config import (
+    PEER_PORT_OFFSET,
+    PORT_MAX,
+    Address,
+    ConfigError,
+    format_address,
+    parse_settings,
+)
 
 Report = Callable[[str], object]
 Spawn = Callable[..., psutil.Popen]
@@ -32,14 +43,36 @@ Spawn = Callable[..., psutil.Popen]
 ANSWER_TIMEOUT_S: Final = 1.0
 ANSWER_BYTES_MAX: Final = 1024**2
 POLL_S: Final = 0.1
+LOCK_TIMEOUT_S: Final = 5.0
+NODES_DEFAULT: Final = 3
+RECORD_NAME: Final = "cluster.json"
+RECORD_FORMAT: Final = 2  # 1 had a number of nodes instead of the nodes
 LOG_LINES_SHOWN: Final = 15
 LOG_BYTES_READ: Final = 64 * 1024
 # btime in /proc/stat, from which creation times are computed, moves when the clock is set.
 CREATE_TIME_TOLERANCE_S: Final = 1.0
+# Given to nodes by the manager, so not to be given after ``--``.
+OWN_FLAGS: Final = (
+    *("--node-id", "--port", "--peer-port", "--data-dir", "--join"),
+    *("--primary", "--learner"),
+)
 
 
 class ManagerError(Exception):
     """The cluster is not as it should be; ``str(error)`` says what is wrong and what to do."""
+
+
+class ClusterBusyError(ManagerError):
+    """Another manager starts or stops nodes of the same data directory."""
+
+
+class RefusedError(ManagerError, ValueError):
+    """A node answered with an error instead of what was asked for."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(f"it answers {code}: {message}")
+        self.code = code
+        self.message = message
 
 
 # ---- What is managed, and what is seen of it -----------------------------------------------------
@@ -55,6 +88,7 @@ class Node:
     peer_port: int
     directory: Path
     flags: tuple[str, ...]  # that make it this node and no other
+    learner: bool = False  # a read copy, which never votes
 
     @property
     def port(self) -> int:
@@ -74,15 +108,79 @@ class Node:
     def pid_file(self) -> Path:
         return self.directory.with_name(f"{self.node_id}.pid")
 
+    def identity(self) -> Mapping[str, str]:
+        """What the directory says of who it is; empty if there is nothing in it.
+
+        Raises OSError, ValueError, KeyError or TypeError if it cannot be read.
+        """
+        try:
+            identity = json.loads((self.directory / "identity.json").read_bytes())
+        except FileNotFoundError:
+            return {}
+        return {name: str(identity[name]) for name in ("cluster_id", "member_id")}
+
     def holds_data(self) -> bool:
         """True if the node belongs to a cluster; False if it may still found or join any."""
         try:
-            identity = json.loads((self.directory / "identity.json").read_bytes())
-            return bool(identity["cluster_id"])
-        except FileNotFoundError:
-            return False
+            return bool(self.identity().get("cluster_id"))
         except (OSError, ValueError, KeyError, TypeError):
             return True  # what cannot be read is not taken for nothing: the node itself will tell
+
+    def set_aside(self, why: str) -> Path | None:
+        """Rename the directory, so that the node starts with an empty one; where it is now."""
+        if not self.directory.is_dir():
+            return None
+        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+        name = f"{self.node_id}.{why}-{stamp}"
+        for number in itertools.count(2):
+            aside = self.directory.with_name(name)
+            if not aside.exists():
+                break
+            name = f"{self.node_id}.{why}-{stamp}-{number}"
+        return self.directory.rename(aside)
+
+
+class Place(NamedTuple):
+    """What the record says of one node."""
+
+    port: int
+    learner: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """That a cluster was founded here, and which nodes it has on this host."""
+
+    cluster_id: str
+    base_port: int
+    places: Mapping[str, Place]  # by node id
+
+    @staticmethod
+    def load(path: Path) -> Record | None:
+        try:
+            record = json.loads(path.read_bytes())
+            if (version := record.get("format", 1)) != RECORD_FORMAT:
+                raise ManagerError(
+                    f"{path} has format {version}, but this program knows format "
+                    f"{RECORD_FORMAT} alone: use the version that wrote it, or another --data-dir"
+                )
+            places = {
+                str(node_id): Place(int(place["port"]), bool(place["learner"]))
+                for node_id, place in record["nodes"].items()
+            }
+            return Record(str(record["cluster_id"]), int(record["base_port"]), places)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ManagerError(
+                f"{path} cannot be read ({error}). It says which cluster was founded here: "
+                "restore it, or remove it; the nodes that have data keep it."
+            ) from error
+
+    def save(self, path: Path) -> None:
+        nodes = {node_id: place._asdict() for node_id, place in self.places.items()}
+        record = {"format": RECORD_FORMAT, "cluster_id": self.cluster_id}
+        write_durably(path, {**record, "base_port": self.base_port, "nodes": nodes})
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +201,13 @@ class NodeStatus:
     cpu_percent: float | None = None
     uptime_seconds: float | None = None
     voter: bool = False
+    follows: bool = False  # it is a voter, and of the primary's term
+    learner: bool = False  # it is to stay one
+    removed: bool = False  # it was a member, and is none any more
     member_id: str | None = None
     cluster_id: str | None = None
     problem: str | None = None  # why the node does not count
+    trouble: str | None = None  # what the node itself complains of
 
     def told(self, status: Mapping[str, object]) -> NodeStatus:
         """This row with what the node's STATUS says. Raises ValueError if it is not a node's."""
@@ -131,7 +233,19 @@ class NodeStatus:
             # Empty until the node has founded or joined a cluster.
             cluster_id=str(status.get("cluster_id") or "") or None,
             problem=None,
+            trouble=str(status.get("trouble") or "") or None,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A member as the primary names it, on whichever host."""
+
+    node_id: str
+    member_id: str
+    host: str
+    port: int
+    voter: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,20 +257,49 @@ class ClusterStatus:
     failures_tolerated: int  # so many more voters may fail now
     cluster_id: str | None
     nodes: tuple[NodeStatus, ...]
+    members: tuple[Member, ...]  # none if there is no primary to name them
+
+    @property
+    def voters(self) -> int:
+        return sum(member.voter for member in self.members)
+
+    @property
+    def following(self) -> frozenset[str]:
+        """The names of the voters that follow the primary, itself included."""
+        return frozenset(node.node_id for node in self.nodes if node.follows)
+
+    @property
+    def tolerance(self) -> str:
+        """How many failures the cluster tolerates now, in words."""
+        well = len(self.following)
+        nodes = counted(self.voters, "node")
+        if well < self.voters:
+            nodes = f"{well} of {nodes}"
+        verb = "tolerates" if well == 1 else "tolerate"
+        return f"{nodes} {verb} {counted(self.failures_tolerated, 'failure')}"
+
+    def row(self, node_id: str) -> NodeStatus:
+        return next(node for node in self.nodes if node.node_id == node_id)
+
+    def member(self, node_id: str) -> Member | None:
+        return next((member for member in self.members if member.node_id == node_id), None)
 
 
 def summarize(
-    nodes: Sequence[NodeStatus], primary: NodeStatus | None, voters: frozenset[str]
+    nodes: Sequence[NodeStatus], primary: NodeStatus | None, members: Sequence[Member]
 ) -> ClusterStatus:
     """What was seen of the nodes, completed by what ``primary`` says of them."""
     rows, following = [], 0
+    voters = {member.member_id for member in members if member.voter}
     for node in nodes:
-        if primary and node.cluster_id and node.cluster_id != primary.cluster_id:
-            node = replace(node, problem=f"belongs to another cluster, {node.cluster_id}")
+        if primary and node.cluster_id:
+            node = _judge(node, primary, members)
         if primary and node.applied_index is not None and not node.problem:
             behind = (primary.commit_index or 0) - node.applied_index
-            node = replace(node, lag=max(0, behind), voter=node.member_id in voters)
-            following += node.voter and node.term == primary.term
+            voter = node.member_id in voters
+            follows = voter and node.term == primary.term
+            node = replace(node, lag=max(0, behind), voter=voter, follows=follows)
+            following += follows
         rows.append(node)
     majority = len(voters) // 2 + 1
     return ClusterStatus(
@@ -165,18 +308,39 @@ def summarize(
         failures_tolerated=max(0, following - majority),
         cluster_id=primary.cluster_id if primary else None,
         nodes=tuple(rows),
+        members=tuple(members),
     )
+
+
+def _judge(node: NodeStatus, primary: NodeStatus, members: Sequence[Member]) -> NodeStatus:
+    """``node`` with the reason why it does not belong to the primary's cluster, if so."""
+    if node.cluster_id != primary.cluster_id:
+        return replace(node, problem=f"belongs to another cluster, {node.cluster_id}")
+    if members and all(member.member_id != node.member_id for member in members):
+        return replace(node, removed=True, problem="was removed from the cluster")
+    return node
+
+
+def _primary(nodes: Iterable[NodeStatus], cluster_id: str | None) -> NodeStatus | None:
+    """The primary of the highest term: one that was cut off may not know yet that it was."""
+    claims = [node for node in nodes if node.role == "PRIMARY"]
+    if cluster_id:
+        claims = [node for node in claims if node.cluster_id == cluster_id]
+    return max(claims, key=lambda node: node.term or 0, default=None)
 
 
 # ---- Sockets, ports and files --------------------------------------------------------------------
 
 
-def ask(address: Address, command: str) -> Mapping[str, object]:
+def ask(
+    address: Address, command: str, timeout_s: float = ANSWER_TIMEOUT_S
+) -> Mapping[str, object]:
     """The JSON object with which the node at ``address`` answers a line.
 
-    Raises OSError if nobody answers in time, ValueError if the answer is not a node's.
+    Raises OSError if nobody answers in time, RefusedError if the answer is an error, any other
+    ValueError if it is not a node's.
     """
-    deadline = time.monotonic() + ANSWER_TIMEOUT_S
+    deadline = time.monotonic() + timeout_s
     line = b""
     with socket.create_connection(address, timeout=ANSWER_TIMEOUT_S) as connection:
         connection.sendall(command.encode() + b"\n")
@@ -189,18 +353,21 @@ def ask(address: Address, command: str) -> Mapping[str, object]:
             if len(line) > ANSWER_BYTES_MAX:
                 raise ValueError("its answer has no end")
     answer: object = json.loads(line)
-    if not isinstance(answer, dict) or answer.get("status") != "OK":
-        raise ValueError(f"it answers {line[:80]!r}")
-    return answer
+    if isinstance(answer, dict) and answer.get("status") == "OK":
+        return answer
+    if isinstance(answer, dict) and "code" in answer:
+        raise RefusedError(str(answer["code"]), str(answer.get("message")))
+    raise ValueError(f"it answers {line[:80]!r}")
 
 
-def voters_of(address: Address) -> frozenset[str]:
-    """The member ids of the voters, as the primary at ``address`` names them (none if it fails)."""
+def _members_of(address: Address) -> tuple[Member, ...]:
+    """The members, as the primary at ``address`` names them (none if it fails)."""
     with suppress(OSError, ValueError):
         members = ask(address, "CLUSTER").get("members")
         if isinstance(members, list):
-            return frozenset(str(m["member_id"]) for m in members if m["voter"])
-    return frozenset()
+            names = [field.name for field in fields(Member)]
+            return tuple(Member(**{name: m[name] for name in names}) for m in members)
+    return ()
 
 
 def free_ports(count: int) -> list[int]:
@@ -216,6 +383,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def is_free(host: str, port: int) -> bool:
+    """Whether one can listen there. Raises ManagerError if not for another reason."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         socket.create_server((host, port), family=family).close()
@@ -272,7 +440,7 @@ class Processes:
 
     def __init__(self, spawn: Spawn, clock: Callable[[], float], stop_timeout_s: float) -> None:
         self._spawn_process = spawn
-        self._clock = clock
+        self.clock = clock
         self._stop_timeout_s = stop_timeout_s
         # By node id. Only what was started here: their exit status can be known.
         self._children: dict[str, psutil.Popen] = {}
@@ -355,13 +523,13 @@ class Processes:
 
     def _await_end(self, nodes: Iterable[Node]) -> None:
         # Not psutil's wait(), which waits for a zombie too: who adopted it may reap it late.
-        deadline = self._clock() + self._stop_timeout_s
-        while any(self.find(node) for node in nodes) and self._clock() < deadline:
+        deadline = self.clock() + self._stop_timeout_s
+        while any(self.find(node) for node in nodes) and self.clock() < deadline:
             time.sleep(POLL_S / 2)
 
     def look(self, node: Node) -> NodeStatus:
         """What is seen of one node. On a pool thread: touches only what belongs to ``node``."""
-        seen = NodeStatus(node.node_id, node.port, problem="does not run")
+        seen = NodeStatus(node.node_id, node.port, learner=node.learner, problem="does not run")
         if process := self.find(node):
             with suppress(psutil.Error):
                 if self._watched.get(node.node_id) != process:
@@ -379,7 +547,190 @@ class Processes:
         try:
             return seen.told(ask(node.reached_at, "STATUS"))
         except OSError as error:
+            with suppress(OSError, ValueError, KeyError, TypeError):
+                identity = node.identity()
+                seen = replace(
+                    seen,
+                    member_id=identity.get("member_id"),
+                    cluster_id=identity.get("cluster_id") or None,
+                )
             why = f": {error.strerror or error}" if seen.alive else ""
             return replace(seen, problem=f"{seen.problem}{why}")
         except ValueError as error:
             return replace(seen, problem=f"does not answer on port {node.port}: {error}")
+
+
+# ---- The nodes of a data directory ---------------------------------------------------------------
+
+
+class LocalNodes:
+    """The nodes of one data directory: which there are, how they are started, how they are.
+
+    ``base_port=None`` takes what is recorded, or free ports. Raises ConfigError if the nodes would
+    refuse their settings, ManagerError if the record says something else.
+    """
+
+    def __init__(
+        self,
+        count: int | None,
+        base_port: int | None,
+        data_dir: Path,
+        server_args: Sequence[str],
+        program: Sequence[str],
+        processes: Processes,
+    ) -> None:
+        if count is not None and count < 1:
+            raise ConfigError(f"--nodes: a cluster has at least one node, not {count}")
+        for word in server_args:
+            if (flag := word.partition("=")[0]) in OWN_FLAGS:
+                raise ConfigError(f"{flag} is given to each node by the manager: leave it out")
+        self.data_dir = data_dir
+        self.record_path = data_dir / RECORD_NAME
+        self.processes = processes
+        self._count = count
+        self._base_port = base_port
+        self._server_args = tuple(server_args)
+        self._program = tuple(program)
+        self.record: Record | None = None
+        self.nodes: tuple[Node, ...] = ()
+        self.load()
+
+    def load(self) -> None:
+        """Read the record (again: another manager may have changed it)."""
+        self.record = Record.load(self.record_path)
+        if self.record is None:
+            count = self._count or NODES_DEFAULT
+            if self._base_port is None:
+                self._base_port = free_ports(count)[0]
+            numbers = range(1, count + 1)
+            places = {f"node{n}": Place(self._base_port + n - 1) for n in numbers}
+        else:
+            if self._base_port is None:
+                self._base_port = self.record.base_port
+            self._check_record(self.record.base_port != self._base_port)
+            places = dict(self.record.places)
+        self.nodes = tuple(self.place(node_id, place) for node_id, place in places.items())
+
+    def grow(self) -> None:
+        """Add nodes to the record until there are as many as were asked for."""
+        self._check_record(self._count is not None and self._count < len(self.nodes))
+        count = self._count or 0
+        while self.record is not None and len(self.nodes) < count:
+            taken = {node.node_id for node in self.nodes}
+            free = (f"node{number}" for number in itertools.count(1))
+            self.remember(self.new_place(next(name for name in free if name not in taken)))
+
+    def _check_record(self, differs: bool) -> None:
+        if differs and self.record is not None:
+            count, base_port = len(self.record.places), self.record.base_port
+            raise ManagerError(
+                f"{self.record_path} says that this cluster has {counted(count, 'node')} from port "
+                f"{base_port} on: give --nodes {count} (or more) and --base-port {base_port}, or "
+                "leave them out; --action remove makes it smaller, another --data-dir is another "
+                "cluster"
+            )
+
+    def node(self, node_id: str) -> Node:
+        """Raises ManagerError if there is none of that name."""
+        for node in self.nodes:
+            if node.node_id == node_id:
+                return node
+        names = ", ".join(node.node_id for node in self.nodes)
+        raise ManagerError(f"there is no {node_id} here, only {names}")
+
+    def place(self, node_id: str, place: Place) -> Node:
+        """The node of that place. Raises ConfigError if a server would refuse its settings."""
+        port, peer_port = place.port, place.port + PEER_PORT_OFFSET
+        directory = self.data_dir / node_id
+        if peer_port > PORT_MAX:
+            raise ConfigError(f"--base-port: {node_id}'s port for peers would be {peer_port}")
+        given = {"node-id": node_id, "port": port, "peer-port": peer_port, "data-dir": directory}
+        flags = tuple(f"--{name}={value}" for name, value in given.items())
+        settings = parse_settings([*flags, *self._server_args], os.environ)
+        if settings.primary:
+            raise ConfigError(
+                "the manager says which node founds the cluster: take `primary` out of KV_PRIMARY "
+                "and of the configuration file"
+            )
+        address = settings.advertise_host, port
+        return Node(node_id, settings.host, address, peer_port, directory, flags, place.learner)
+
+    def new_place(self, node_id: str, *, learner: bool = False) -> Node:
+        """A node on the next free port after the base port."""
+        assert self._base_port is not None
+        taken = {node.port for node in self.nodes}
+        for port in itertools.count(self._base_port):
+            if port not in taken:
+                node = self.place(node_id, Place(port, learner))
+                if all(is_free(node.listen_host, each) for each in (port, node.peer_port)):
+                    return node
+        raise AssertionError("place() refuses ports that are too high")
+
+    def remember(self, node: Node) -> None:
+        """Add the node to the record, or put it in place of the one of that name."""
+        self._save({**self._places(), node.node_id: Place(node.port, node.learner)})
+
+    def forget(self, node: Node, why: str) -> Path | None:
+        """Take the node off the record; where its directory, which is kept, is now."""
+        aside = node.set_aside(why)
+        node.pid_file.unlink(missing_ok=True)
+        self._save({name: at for name, at in self._places().items() if name != node.node_id})
+        return aside
+
+    def founded(self, cluster_id: str) -> None:
+        """Record that these nodes belong to that cluster."""
+        assert self._base_port is not None
+        record = Record(cluster_id, self._base_port, self._places())
+        if record != self.record:
+            record.save(self.record_path)
+            self.record = record
+
+    def _places(self) -> dict[str, Place]:
+        return {node.node_id: Place(node.port, node.learner) for node in self.nodes}
+
+    def _save(self, places: Mapping[str, Place]) -> None:
+        assert self.record is not None
+        self._count = None  # what was asked for at the beginning no longer counts
+        in_order = dict(sorted(places.items(), key=lambda item: item[1].port))
+        self.record = replace(self.record, places=in_order)
+        self.record.save(self.record_path)
+        self.nodes = tuple(self.place(node_id, place) for node_id, place in in_order.items())
+
+    def spawn(self, node: Node, *, primary: bool = False) -> int:
+        """Start the node's process; its pid."""
+        # A single node is told of itself: without --join it would look for a cluster on 6379.
+        others = [other for other in self.nodes if other != node] or [node]
+        join = ",".join(format_address(other.address) for other in others)
+        command = [*self._program, *node.flags, f"--join={join}", *self._server_args]
+        role = ["--primary"] if primary else ["--learner"] if node.learner else []
+        return self.processes.start(node, [*command, *role])
+
+    def status(self) -> ClusterStatus:
+        """The cluster as it is now; it takes no longer than one slow answer."""
+        with ThreadPoolExecutor(len(self.nodes), thread_name_prefix="ask") as pool:
+            seen = list(pool.map(self.processes.look, self.nodes))
+        primary = _primary(seen, self.record.cluster_id if self.record else None)
+        members = _members_of(self.node(primary.node_id).reached_at) if primary else ()
+        return summarize(seen, primary, members)
+
+    @contextmanager
+    def exclusively(self, wait_s: float = LOCK_TIMEOUT_S) -> Iterator[None]:
+        """Hold the lock of the data directory, with the record as it is now.
+
+        Raises ClusterBusyError if another holds it for ``wait_s``.
+        """
+        deadline = self.processes.clock() + wait_s
+        self.data_dir.mkdir(parents=True, exist_ok=True)
+        with (self.data_dir / "cluster.lock").open("a") as file:
+            while True:
+                with suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                if self.processes.clock() >= deadline:
+                    raise ClusterBusyError(
+                        f"another cluster_manager starts or stops nodes in {self.data_dir}; "
+                        "wait until it is done"
+                    )
+                time.sleep(POLL_S / 2)
+            self.load()
+            yield

@@ -36,6 +36,10 @@ READ_MODES: Final[tuple[ReadMode, ...]] = ("quorum", "lease")
 LOG_LEVELS: Final[tuple[LogLevel, ...]] = ("debug", "info", "warning", "error")
 LOG_FORMATS: Final[tuple[LogFormat, ...]] = ("text", "json")
 
+# Exit statuses of a server that must not be started again as it is (raft-traps T65).
+EXIT_CONFIG: Final = 78  # its data, its name or its cluster is wrong; EX_CONFIG of sysexits.h
+EXIT_REMOVED: Final = 79  # it was removed from its cluster
+
 PORT_MAX: Final = 65535
 PEER_PORT_OFFSET: Final = 10_000  # as Redis Cluster's bus port
 LOCAL_PORTS: Final = (6379, 6380, 6381)  # where a node without --join looks for its cluster

@@ -20,8 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster_manager import BASE_PORT_DEFAULT, NODES_DEFAULT
-from cluster_nodes import free_ports
+from cluster_manager import BASE_PORT_DEFAULT
+from cluster_nodes import NODES_DEFAULT, free_ports
 from kv_client import KVStoreClient
 
 ROOT = Path(__file__).resolve().parent.parent
