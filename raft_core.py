@@ -10,7 +10,8 @@ Rule 4: an assertion that fails is a bug of ours or a broken disk; the process m
 
 Out come, each pulled by the driver's thread that does the work: ``ready`` (disk, then replies and
 votes), ``append_for`` (the next AppendEntries to a follower: pulled, so that all that has gathered
-goes in one), ``entries_to_apply``, ``take_reads``.
+goes in one), ``entries_to_apply``, ``take_reads``. What a snapshot is made of, and how its bytes
+travel, is the driver's; the core is told when one has been sent or restored.
 
 Figures and sections: "paper" is Ongaro and Ousterhout 2014, "thesis" Ongaro 2014.
 The driver is ``raft_node.py``.
@@ -20,10 +21,10 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
-from raft_log import RaftLog, entry_bytes
+from raft_log import MembershipLog, RaftLog, entry_bytes
 from raft_progress import Progress, ProgressState
 from raft_types import (
     AppendEntries,
@@ -37,6 +38,10 @@ from raft_types import (
     Message,
     Ready,
     Role,
+    Snapshot,
+    SnapshotChunk,
+    SnapshotOutcome,
+    SnapshotReply,
     VoteReply,
     VoteRequest,
 )
@@ -83,6 +88,16 @@ class EntriesOnDisk:
     last: int
 
 
+@dataclass(frozen=True, slots=True)
+class SnapshotDue:
+    """Instead of an append: the log begins after what this follower needs, so send it a state.
+
+    Call ``snapshot_started`` at once, or this comes again; ``snapshot_ended`` when it is over.
+    """
+
+    needed_index: int
+
+
 # Attempts with the short pause after the leader's death, before falling back to the timeout.
 DEAD_LEADER_ATTEMPTS_MAX = 5
 
@@ -96,9 +111,13 @@ class RaftCore:
         config: RaftConfig,
         log: RaftLog,
         hard_state: HardState,
-        memberships: Sequence[tuple[int, Membership]],
+        memberships: Iterable[tuple[int, Membership]],
         rng: random.Random,
+        *,
+        commit_index: int = 0,
     ) -> None:
+        """``memberships``: of the log and of the durable state, which has reached ``commit_index``."""
+        assert log.first_index <= commit_index + 1 <= log.last_index + 1
         self.member_id = member_id
         self.config = config
         self.log = log
@@ -107,17 +126,16 @@ class RaftCore:
         self.term = hard_state.term
         self.voted_for = hard_state.voted_for
         self._saved_hard_state = hard_state
-        # Every membership in the log, with its index; the last one is in force as soon as it is
-        # appended, and goes when its entry is truncated (thesis 4.1, raft-traps T62).
-        self._memberships = list(memberships)
-        self.membership = self._memberships[-1][1] if self._memberships else Membership()
+        self._memberships = MembershipLog(memberships)
+        self.membership = self._memberships.latest
         # Volatile.
         self.role = Role.FOLLOWER
         self.leader_id: MemberId | None = None
-        self.commit_index = 0
+        self.commit_index = commit_index
         self.may_campaign = True
         self._messages: list[Message] = []
         self._ready_out: Ready | None = None
+        self._log_base: tuple[int, int] | None = None  # for the next Ready
         self._votes: dict[MemberId, bool] = {}
         self._now_ticks = 0
         self._dead_leader_attempts = 0  # left with the short pause
@@ -277,6 +295,10 @@ class RaftCore:
                 self._on_vote_request(message)
             case VoteReply():
                 self._on_vote_reply(message)
+            case SnapshotChunk():
+                self._hear_leader(message.sender)
+            case SnapshotReply():
+                self._on_snapshot_reply(message)
             case _:
                 raise TypeError(f"not a message for the core: {message}")
 
@@ -288,7 +310,7 @@ class RaftCore:
                 return False
             case VoteRequest(pre_vote=True) | VoteReply(pre_vote=True, granted=True):
                 return True  # a term that is only asked about; ours stays
-            case AppendEntries():
+            case AppendEntries() | SnapshotChunk():
                 self._become_follower(message.term, message.sender)
             case _:
                 self._become_follower(message.term, None)
@@ -306,7 +328,7 @@ class RaftCore:
     def _answer_older_term(self, message: Message) -> None:
         """Tell a stale leader or candidate our term; stale answers are dropped (T18, T30)."""
         match message:
-            case AppendEntries():
+            case AppendEntries() | SnapshotChunk():
                 # Only the term: by now the sender may lead ours, and would take a round of its
                 # earlier leadership for one of this (thesis 6.4).
                 self._messages.append(
@@ -358,16 +380,19 @@ class RaftCore:
 
     # ---- Replication, the follower's side (paper 5.3) ----
 
-    def _on_append(self, message: AppendEntries) -> None:
+    def _hear_leader(self, sender: MemberId) -> None:
         assert self.role is not Role.LEADER, f"two leaders in term {self.term}"
         if self.role is not Role.FOLLOWER or self.leader_id is None:
-            self._become_follower(self.term, message.sender)
-        assert self.leader_id == message.sender, f"two leaders in term {self.term}"
+            self._become_follower(self.term, sender)
+        assert self.leader_id == sender, f"two leaders in term {self.term}"
         self._election_elapsed_ticks = 0
         if self._dead_leader_attempts > 0:
             # A leader again: the short pause already drawn might be less than a heartbeat.
             self._dead_leader_attempts = 0
             self._reset_election_timer()
+
+    def _on_append(self, message: AppendEntries) -> None:
+        self._hear_leader(message.sender)
         log = self.log
         if not log.matches(message.prev_index, message.prev_term):
             index = log.last_index_up_to_term(message.prev_index, message.prev_term)
@@ -395,7 +420,7 @@ class RaftCore:
             if entry.index > self.log.last_index:
                 self._append_entries(entries[position:])
                 return
-            if self.log.term_at(entry.index) != entry.term:
+            if not self.log.matches(entry.index, entry.term):
                 self._truncate_from(entry.index)
                 self._append_entries(entries[position:])
                 return
@@ -404,8 +429,7 @@ class RaftCore:
         assert index > self.commit_index, "a committed entry must never be replaced"
         self.truncated_count += self.log.last_index - index + 1
         self.log.truncate_from(index)
-        while self._memberships and self._memberships[-1][0] >= index:
-            self._memberships.pop()
+        self._memberships.truncate_from(index)
         self._use_latest_membership()
 
     def _refuse_append(self, request: AppendEntries, hint_index: int, hint_term: int) -> None:
@@ -437,12 +461,20 @@ class RaftCore:
                 self._advance_commit()
         elif message.prev_index > progress.match_index and (
             progress.state is ProgressState.REPLICATE
-            or message.prev_index == progress.next_index - 1
+            or (
+                progress.state is ProgressState.PROBE
+                and message.prev_index == progress.next_index - 1
+            )
         ):
             # Refused, and not by a stale answer: back up to where terms can agree.
             agreed = self.log.last_index_up_to_term(message.hint_index, message.hint_term)
-            progress.probe_from(agreed + 1)
+            self._probe_from(progress, agreed + 1)
         self._finish_read_round()
+
+    def _probe_from(self, progress: Progress, next_index: int) -> None:
+        progress.probe_from(next_index)
+        if progress.next_index < self.log.first_index:
+            progress.need_snapshot()
 
     def _advance_commit(self) -> None:
         match = {member: progress.match_index for member, progress in self.progress.items()}
@@ -473,6 +505,8 @@ class RaftCore:
             return False
         if self._may_carry_entries(progress) or progress.sent_round < self.round:
             return True
+        if progress.snapshot_due:
+            return True
         return not commit_may_wait and self._is_commit_news(progress)
 
     def _may_carry_entries(self, progress: Progress) -> bool:
@@ -486,7 +520,7 @@ class RaftCore:
             and min(self.commit_index, known) > progress.sent_commit
         )
 
-    def append_for(self, member_id: MemberId) -> AppendEntries | EntriesOnDisk | None:
+    def append_for(self, member_id: MemberId) -> AppendEntries | EntriesOnDisk | SnapshotDue | None:
         """The next message for this follower, all in one; None: nothing is due."""
         progress = self.progress.get(member_id)
         if progress is None:
@@ -498,6 +532,8 @@ class RaftCore:
             return self._append_message(member_id, progress, entries)
         if progress.sent_round < self.round or self._is_commit_news(progress):
             return self._append_message(member_id, progress, ())
+        if progress.snapshot_due:
+            return SnapshotDue(progress.next_index)
         return None
 
     def append_with(self, member_id: MemberId, entries: Sequence[Entry]) -> AppendEntries | None:
@@ -516,9 +552,12 @@ class RaftCore:
     def _append_message(
         self, member_id: MemberId, progress: Progress, entries: tuple[Entry, ...]
     ) -> AppendEntries:
-        prev_index = progress.next_index - 1
         heartbeat = self.round if progress.sent_round < self.round else 0
         progress.sent_round = self.round
+        if progress.state is ProgressState.SNAPSHOT:
+            # Nothing but a sign of life: where the logs agree, this one can't say.
+            return AppendEntries(self.member_id, member_id, self.term, 0, 0, (), 0, heartbeat)
+        prev_index = progress.next_index - 1
         size_bytes = sum(map(entry_bytes, entries))
         progress.sent(prev_index, prev_index + len(entries), size_bytes, self.commit_index)
         return AppendEntries(
@@ -535,11 +574,96 @@ class RaftCore:
     def link_up(self, member_id: MemberId) -> None:
         """A new connection to this member: what was in flight on the old one is lost."""
         progress = self.progress.get(member_id)
+        if progress is None:
+            return
+        progress.sent_round = 0  # repeat the present round: its message may be lost too
+        if progress.state is not ProgressState.SNAPSHOT:  # which the driver sends again, or ends
+            next_index = progress.match_index + 1 if progress.match_index else progress.next_index
+            self._probe_from(progress, next_index)
+
+    # ---- Snapshots (paper section 7) -----------------------------------------------------------
+
+    def compacted_to(self, first_index: int) -> None:
+        """The log on disk begins at ``first_index`` now; a durable state has what came before."""
+        assert first_index <= self.commit_index + 1
+        self.log.compact(first_index)
+        self._memberships.compact(first_index)
+        for progress in self.progress.values():
+            if progress.next_index < first_index and progress.state is not ProgressState.SNAPSHOT:
+                progress.need_snapshot()
+
+    def membership_at(self, index: int) -> tuple[int, Membership]:
+        """The entry that set it, and the membership at a committed ``index``, for its state."""
+        assert self.log.first_index - 1 <= index <= self.commit_index
+        return self._memberships.at(index)
+
+    def snapshot_started(self, member_id: MemberId) -> None:
+        """A state is on its way to this follower; meanwhile ``append_for`` gives heartbeats."""
+        progress = self.progress.get(member_id)
         if progress is not None:
-            progress.probe_from(
-                progress.match_index + 1 if progress.match_index else progress.next_index
+            progress.snapshot_due = False
+
+    def snapshot_ended(self, member_id: MemberId, index: int | None) -> None:
+        """This follower has installed the state at ``index``; None: the transfer has failed.
+
+        Then the follower is asked anew what it has, which can take a heartbeat.
+        """
+        progress = self.progress.get(member_id)
+        if progress is None:
+            return
+        if index is not None:
+            assert index <= self.commit_index
+            progress.matched(index)
+        if progress.state is ProgressState.SNAPSHOT:
+            last = self.log.last_index if index is None else progress.match_index
+            self._probe_from(progress, last + 1)
+
+    def _on_snapshot_reply(self, message: SnapshotReply) -> None:
+        progress = self.progress.get(message.sender)
+        if progress is not None:
+            progress.heard_ticks = self._now_ticks
+
+    def answer_chunk(
+        self, chunk: SnapshotChunk, received_bytes: int, outcome: SnapshotOutcome
+    ) -> None:
+        """Answer the leader with the next Ready, so that what the answer rests on is durable.
+
+        Not if the chunk is of an older term: then its bytes are not worth keeping either.
+        """
+        if chunk.term == self.term:
+            self._messages.append(
+                SnapshotReply(
+                    sender=self.member_id,
+                    to=chunk.sender,
+                    term=self.term,
+                    snapshot_id=chunk.snapshot_id,
+                    received_bytes=received_bytes,
+                    outcome=outcome,
+                )
             )
-            progress.sent_round = 0  # repeat the present round: its message may be lost too
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """This server's durable state is another's now, which has reached ``snapshot.index``.
+
+        A log that agrees with it is kept (paper figure 13, step 6), any other is emptied: in
+        memory now, on disk with the next Ready. Where as much was committed here meanwhile,
+        nothing changes (raft-traps T39).
+        """
+        index, term, *_ = snapshot
+        if index <= self.commit_index:
+            return
+        if self.log.matches(index, term):
+            self._memberships.restore(snapshot)
+            self._commit_to(index)
+        else:
+            assert self.role is not Role.LEADER, "a committed entry is missing"
+            self.truncated_count += max(0, self.log.last_index - index)
+            self.log.reset(index, term)
+            self._log_base = (index, term)
+            self._memberships.truncate_from(index + 1)
+            self._memberships.restore(snapshot)
+            self.commit_index = index
+        self._use_latest_membership()
 
     # ---- Proposals -----------------------------------------------------------------------------
 
@@ -567,7 +691,7 @@ class RaftCore:
         self.log.append(entries)
         for entry in entries:
             if entry.kind is EntryKind.MEMBERSHIP:
-                self._memberships.append((entry.index, Membership.decode(entry.data)))
+                self._memberships.append(entry.index, Membership.decode(entry.data))
                 self._use_latest_membership()
 
     # ---- Reads (thesis 6.4) --------------------------------------------------------------------
@@ -643,11 +767,11 @@ class RaftCore:
     def _may_change_membership(self) -> bool:
         # One at a time, and none before an entry of the own term is committed: without it two
         # leaders could use majorities that do not meet (thesis 4.1, raft-traps T61).
-        latest = self._memberships[-1][0] if self._memberships else 0
-        return self.committed_in_own_term and latest <= self.commit_index
+        is_settled = self._memberships.latest_index <= self.commit_index
+        return self.committed_in_own_term and is_settled
 
     def _use_latest_membership(self) -> None:
-        self.membership = self._memberships[-1][1] if self._memberships else Membership()
+        self.membership = self._memberships.latest
         if self.role is Role.LEADER:
             self._update_progress()
 
@@ -685,6 +809,7 @@ class RaftCore:
         return self._ready_out is None and (
             bool(self._messages)
             or self.log.has_unwritten
+            or self._log_base is not None
             or self._saved_hard_state != (self.term, self.voted_for)
         )
 
@@ -703,7 +828,9 @@ class RaftCore:
             hard_state=hard_state if hard_state != self._saved_hard_state else None,
             entries=self.log.take_unwritten(),
             messages=messages,
+            log_base=self._log_base,
         )
+        self._log_base = None
         return self._ready_out
 
     def advance(self, ready: Ready) -> None:
@@ -740,7 +867,7 @@ class RaftCore:
     def check_invariants(self) -> None:
         """What holds between any two calls. Source: paper figure 3, fault-model I5 and I7."""
         log = self.log
-        assert self.commit_index <= log.last_index
+        assert log.first_index - 1 <= self.commit_index <= log.last_index
         assert log.stable_index <= log.last_index
         assert log.last_term <= self.term
         assert self._saved_hard_state.term <= self.term
@@ -749,3 +876,5 @@ class RaftCore:
             assert self.voted_for == self.member_id
             for progress in self.progress.values():
                 assert progress.match_index < progress.next_index <= log.last_index + 1
+                is_held = progress.next_index >= log.first_index
+                assert is_held or progress.state is ProgressState.SNAPSHOT

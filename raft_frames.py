@@ -23,13 +23,16 @@ from raft_types import (
     HashReport,
     MemberId,
     Message,
+    SnapshotChunk,
+    SnapshotOutcome,
+    SnapshotReply,
     VoteReply,
     VoteRequest,
     decode_entries,
     encode_entries,
 )
 
-FORMAT_VERSION: Final = 1
+FORMAT_VERSION: Final = 2
 FRAME_BYTES_MAX: Final = 80 << 20  # the largest request (64 MiB) and its neighbours in a batch
 HANDSHAKE_BYTES_MAX: Final = 1024  # who has not said its name yet gets no more memory than this
 TEXT_BYTES_MAX: Final = 900  # of a name or a reason in a handshake
@@ -50,6 +53,8 @@ class FrameType(IntEnum):
     VOTE_REQUEST = 5
     VOTE_REPLY = 6
     HASH_REPORT = 7
+    SNAPSHOT_CHUNK = 8
+    SNAPSHOT_REPLY = 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +100,32 @@ _HELLO = struct.Struct(">8s?HB")  # boot_id, lease_reads, peer_port, length of h
 _REFUSED = struct.Struct(">8s")  # boot_id; reason follows
 _APPEND_ENTRIES = struct.Struct(">QQQQQ")  # all numbers of it; encode_entries() follows
 _append_numbers = attrgetter("term", "prev_index", "prev_term", "commit_index", "round")
+_SNAPSHOT_CHUNK = struct.Struct(">QQQ?")  # all of it but the data, which follows
+_chunk_numbers = attrgetter("term", "snapshot_id", "offset", "is_last")
 
 
 class _FixedBody:
     """The body of a message that is all numbers, in the order of its fields after the ids."""
 
-    def __init__(self, frame_type: FrameType, message: type[Message], layout: str) -> None:
+    def __init__(
+        self,
+        frame_type: FrameType,
+        message: type[Message],
+        layout: str,
+        make: Callable[..., Message] | None = None,
+    ) -> None:
         self.frame_type = frame_type
-        self.message: Callable[..., Message] = message
+        self.message = message
+        self.make: Callable[..., Message] = make or message
         self.struct = struct.Struct(layout)
         self.values = attrgetter(*(f.name for f in fields(message)[2:]))
+
+
+def _snapshot_reply(
+    sender: MemberId, to: MemberId, term: int, snapshot_id: int, received_bytes: int, outcome: int
+) -> SnapshotReply:
+    checked = SnapshotOutcome(outcome)  # ValueError for one that is not known here
+    return SnapshotReply(sender, to, term, snapshot_id, received_bytes, checked)
 
 
 _FIXED_BODIES = (
@@ -112,6 +133,7 @@ _FIXED_BODIES = (
     _FixedBody(FrameType.VOTE_REQUEST, VoteRequest, ">QQQ?"),
     _FixedBody(FrameType.VOTE_REPLY, VoteReply, ">Q??"),
     _FixedBody(FrameType.HASH_REPORT, HashReport, ">QQQ?"),
+    _FixedBody(FrameType.SNAPSHOT_REPLY, SnapshotReply, ">QQQB", _snapshot_reply),
 )
 _BODY_BY_CLASS = {body.message: body for body in _FIXED_BODIES}
 _BODY_BY_TYPE = {int(body.frame_type): body for body in _FIXED_BODIES}
@@ -143,6 +165,9 @@ def encode_message(cluster_id: str, message: Message) -> bytes:
     if isinstance(message, AppendEntries):
         numbers = _APPEND_ENTRIES.pack(*_append_numbers(message))
         return _seal(FrameType.APPEND_ENTRIES, ids, numbers, encode_entries(message.entries))
+    if isinstance(message, SnapshotChunk):
+        numbers = _SNAPSHOT_CHUNK.pack(*_chunk_numbers(message))
+        return _seal(FrameType.SNAPSHOT_CHUNK, ids, numbers, message.data)
     body = _BODY_BY_CLASS[type(message)]
     return _seal(body.frame_type, ids, body.struct.pack(*body.values(message)))
 
@@ -205,8 +230,14 @@ class FrameDecoder:
                 term, index, index_term, *more = _APPEND_ENTRIES.unpack_from(frame, _HEADER.size)
                 entries = tuple(decode_entries(frame, _HEADER.size + _APPEND_ENTRIES.size))
                 return AppendEntries(sender, to, term, index, index_term, entries, *more)
+            if frame_type == FrameType.SNAPSHOT_CHUNK:
+                term, snapshot_id, offset, is_last = _SNAPSHOT_CHUNK.unpack_from(
+                    frame, _HEADER.size
+                )
+                data = frame[_HEADER.size + _SNAPSHOT_CHUNK.size :]
+                return SnapshotChunk(sender, to, term, snapshot_id, offset, data, is_last)
             if body := _BODY_BY_TYPE.get(frame_type):
-                return body.message(sender, to, *body.struct.unpack(frame[_HEADER.size :]))
+                return body.make(sender, to, *body.struct.unpack(frame[_HEADER.size :]))
         except (struct.error, ValueError) as error:
             raise FrameError(f"a frame's body is wrong: {error}") from error
         raise FrameError(f"a frame of the unknown type {frame_type}")

@@ -48,6 +48,7 @@ from raft_core import (
     NotLeaderError,
     RaftConfig,
     RaftCore,
+    SnapshotDue,
     TooMuchUncommittedError,
 )
 from raft_frames import Hello, encode_message
@@ -732,6 +733,7 @@ class RaftNode:
                 message = core.append_with(member_id, entries) or core.append_for(member_id)
         if message is None:
             return None
+        assert not isinstance(message, SnapshotDue), "the log on disk is whole"
         return encode_message(self.identity.cluster_id, message)
 
     def _read_for_peer(self, wanted: EntriesOnDisk) -> list[Entry]:

@@ -1,7 +1,8 @@
 """What the leader knows of one follower, and when it may be sent more.
 
 A follower is *probed* (one message, then wait for the answer) until the leader knows where their
-logs agree; after that entries are *replicated* ahead of the answers, up to a window in flight.
+logs agree; after that entries are *replicated* ahead of the answers, up to a window in flight. One
+that needs entries the leader no longer has gets a *snapshot*, and heartbeats meanwhile.
 
 Carved out of ``raft_core.py``, the only caller. No I/O.
 """
@@ -18,14 +19,18 @@ INFLIGHT_BYTES_MAX = 8 * 1024 * 1024
 
 
 class ProgressState(Enum):
-    """Whether the point of agreement is still searched for, or known."""
+    """Whether the point of agreement is still searched for, or known, or before the log."""
 
     PROBE = "probe"
     REPLICATE = "replicate"
+    SNAPSHOT = "snapshot"
 
 
 class Progress:
-    """One follower in the current leadership. Invariant: match_index < next_index."""
+    """One follower in the current leadership.
+
+    Invariants: match_index < next_index; the log holds next_index, or will, or this is SNAPSHOT.
+    """
 
     def __init__(self, next_index: int, now_ticks: int) -> None:
         self.state = ProgressState.PROBE
@@ -35,6 +40,8 @@ class Progress:
         self.next_index = next_index
         # PROBE: a message is under way, so wait for its answer or the next heartbeat.
         self.probe_sent = False
+        # SNAPSHOT: the driver has not begun to send one yet.
+        self.snapshot_due = False
         # The highest commit index that a message told the follower.
         self.sent_commit = 0
         # The newest heartbeat round sent, and the newest answered.
@@ -51,12 +58,12 @@ class Progress:
     @property
     def may_send_entries(self) -> bool:
         """Whether one more append with entries may go out now."""
-        if self.state is ProgressState.PROBE:
-            return not self.probe_sent
-        return (
-            len(self._inflight) < INFLIGHT_MESSAGES_MAX
-            and self._inflight_bytes < INFLIGHT_BYTES_MAX
-        )
+        if self.state is ProgressState.REPLICATE:
+            return (
+                len(self._inflight) < INFLIGHT_MESSAGES_MAX
+                and self._inflight_bytes < INFLIGHT_BYTES_MAX
+            )
+        return self.state is ProgressState.PROBE and not self.probe_sent
 
     def sent(self, prev_index: int, last_index: int, size_bytes: int, commit_index: int) -> None:
         """An append of the entries ``prev_index + 1 .. last_index`` is on its way."""
@@ -85,6 +92,13 @@ class Progress:
         self.state = ProgressState.PROBE
         self.next_index = max(next_index, self.match_index + 1)
         self.probe_sent = False
+        self.snapshot_due = False
         self.sent_commit = min(self.sent_commit, self.match_index)
         self._inflight.clear()
         self._inflight_bytes = 0
+
+    def need_snapshot(self) -> None:
+        """The log no longer holds ``next_index``."""
+        self.probe_from(self.next_index)
+        self.state = ProgressState.SNAPSHOT
+        self.snapshot_due = True

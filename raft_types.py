@@ -145,7 +145,16 @@ class Membership:
             raise ValueError(f"not a membership: {data[:80]!r}") from error
 
 
-# ---- Messages (paper figure 2, thesis 6.4 and 9.6) ---------------------------------------------
+class Snapshot(NamedTuple):
+    """What the core must know of a state: where in the log it stands, and who were members there."""
+
+    index: int  # type: ignore[assignment]  # hides tuple.index, which no one needs here
+    term: int  # of the entry at ``index``
+    membership: Membership
+    membership_index: int  # the entry it came with, at most ``index``
+
+
+# ---- Messages (paper figures 2 and 13, thesis 6.4 and 9.6) -------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +222,42 @@ class VoteReply:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotChunk:
+    """Leader to follower: a piece of a state, from byte ``offset`` on (paper figure 13).
+
+    To Raft it is no more than a sign of life; what the bytes are is the driver's concern.
+    """
+
+    sender: MemberId
+    to: MemberId
+    term: int
+    snapshot_id: int  # random for each transfer, so that pieces of two are never mixed
+    offset: int
+    data: bytes
+    is_last: bool
+
+
+class SnapshotOutcome(IntEnum):
+    """What became of a chunk; the number is the byte on the wire."""
+
+    MORE = 0  # go on at ``received_bytes``
+    INSTALLED = 1  # the whole state is in place, durably
+    REFUSED = 2  # the chunk fits to nothing received before: start anew
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotReply:
+    """Follower to leader: how far the transfer ``snapshot_id`` has come."""
+
+    sender: MemberId
+    to: MemberId
+    term: int
+    snapshot_id: int
+    received_bytes: int  # from the beginning, without a gap
+    outcome: SnapshotOutcome
+
+
+@dataclass(frozen=True, slots=True)
 class HashReport:
     """Leader to all: "send me your state hash at ``applied_index``"; and a follower's answer.
 
@@ -227,7 +272,15 @@ class HashReport:
     is_verdict: bool  # from the leader: a majority has this hash there; who differs stops serving
 
 
-Message = AppendEntries | AppendReply | VoteRequest | VoteReply | HashReport
+Message = (
+    AppendEntries
+    | AppendReply
+    | VoteRequest
+    | VoteReply
+    | SnapshotChunk
+    | SnapshotReply
+    | HashReport
+)
 
 
 # ---- What the core hands to the driver ---------------------------------------------------------
@@ -246,12 +299,15 @@ class Role(StrEnum):
 class Ready:
     """Make ``hard_state`` and ``entries`` durable, *then* send ``messages``, then ``advance``.
 
-    An entry whose index is in the log already replaces it and everything after it.
+    An entry whose index is in the log already replaces it and everything after it. With
+    ``log_base`` the log is first emptied, to begin after that (index, term), which the durable
+    state has reached.
     """
 
     hard_state: HardState | None
     entries: tuple[Entry, ...]
     messages: tuple[Message, ...]
+    log_base: tuple[int, int] | None = None
 
 
 # ---- Entries as bytes (the log's records and the peers' frames hold the same) ------------------

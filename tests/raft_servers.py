@@ -8,9 +8,12 @@ Used by ``test_raft_core.py`` and ``test_raft_scenarios.py``, and by the simulat
 from __future__ import annotations
 
 import random
+import struct
+import zlib
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
-from raft_core import EntriesOnDisk, RaftConfig, RaftCore
+from raft_core import EntriesOnDisk, RaftConfig, RaftCore, SnapshotDue
 from raft_log import WINDOW_BYTES_MAX, RaftLog, entry_bytes
 from raft_types import (
     AppendEntries,
@@ -24,8 +27,14 @@ from raft_types import (
     Membership,
     Message,
     Role,
+    Snapshot,
+    SnapshotChunk,
+    SnapshotOutcome,
+    SnapshotReply,
     VoteReply,
     VoteRequest,
+    decode_entries,
+    encode_entries,
 )
 
 CONFIG = RaftConfig(heartbeat_ticks=3, election_ticks_min=10, election_ticks_max=20)
@@ -57,35 +66,100 @@ def runs_of(entries: Sequence[Entry]) -> list[tuple[int, int]]:
     return runs
 
 
+# ---- The disk, and states on their way from one to another --------------------------------------
+
+
+# CRC32 of what follows, three numbers, and the length of the membership.
+_STATE_HEADER = struct.Struct(">IQQQI")
+
+
+class SimState(NamedTuple):
+    """A state: all the entries that have led to it, so that none is lost or invented unseen."""
+
+    snapshot: Snapshot
+    entries: tuple[Entry, ...]
+
+    def encode(self) -> bytes:
+        """As the bytes that travel."""
+        index, term, membership, membership_index = self.snapshot
+        members = membership.encode()
+        head = _STATE_HEADER.pack(0, index, term, membership_index, len(members))[4:]
+        body = head + members + encode_entries(self.entries)
+        return struct.pack(">I", zlib.crc32(body)) + body
+
+    @classmethod
+    def decode(cls, data: bytes) -> SimState:
+        """The inverse of ``encode``. Raises ValueError for bytes that are not a whole state."""
+        crc, index, term, membership_index, length = _STATE_HEADER.unpack_from(data)
+        if zlib.crc32(data[4:]) != crc:
+            raise ValueError("not a whole state")
+        end = _STATE_HEADER.size + length
+        members = Membership.decode(data[_STATE_HEADER.size : end])
+        snapshot = Snapshot(index, term, members, membership_index)
+        return cls(snapshot, tuple(decode_entries(data, end)))
+
+
 class SimDisk:
     """What a server finds again after a crash: what was synced, and nothing else."""
 
     def __init__(self, founding: Membership) -> None:
         self.hard_state = HardState(0, None)
+        # The log: entries after the base, which is (index, term).
+        self.base = (0, 0)
         self.entries: list[Entry] = []
-        # As if it stood before the first entry; empty for a server that joins later.
-        self.founding = founding
+        # The founding membership stands as if before the first entry; it has no members for a
+        # server that joins later.
+        self.state = SimState(Snapshot(0, 0, founding, 0), ())
 
-    def write(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
+    # ---- What the driver does ----
+
+    def write(
+        self,
+        hard_state: HardState | None,
+        entries: Sequence[Entry],
+        log_base: tuple[int, int] | None = None,
+    ) -> None:
         """Synced; an entry replaces the one of its index and everything after it."""
+        if log_base is not None:
+            self.reset(log_base)
         if hard_state is not None:
             assert hard_state.term >= self.hard_state.term
             self.hard_state = hard_state
         for entry in entries:
-            assert entry.index <= len(self.entries) + 1, "a gap in the log"
-            del self.entries[entry.index - 1 :]
+            place = entry.index - self.base[0] - 1
+            assert 0 <= place <= len(self.entries), "a gap in the log"
+            del self.entries[place:]
             self.entries.append(entry)
 
     def read(self, first: int, last: int, bytes_max: int) -> list[Entry]:
-        """Entries ``first..last``, at least one, then up to ``bytes_max``."""
+        """Entries ``first..last``, at least one, then up to ``bytes_max``; none if dropped."""
+        base = self.base[0]
         found: list[Entry] = []
         total = 0
-        for entry in self.entries[first - 1 : last]:
+        for entry in self.entries[first - base - 1 : last - base] if first > base else ():
             total += entry_bytes(entry)
             if found and total > bytes_max:
                 break
             found.append(entry)
         return found
+
+    def save(self, state: SimState) -> None:
+        """The state in place of the last one, wherever it came from."""
+        assert state.snapshot.index >= self.state.snapshot.index, "a state that goes back"
+        self.state = state
+
+    def drop_before(self, first: int) -> None:
+        """Shorten the log at its front."""
+        assert first <= self.state.snapshot.index + 1, "T37: the log goes before the state has it"
+        if first > self.base[0] + 1:
+            last = self.entries[first - self.base[0] - 2]
+            del self.entries[: first - self.base[0] - 1]
+            self.base = (last.index, last.term)
+
+    def reset(self, base: tuple[int, int]) -> None:
+        """Empty the log; it begins after the base."""
+        assert base[0] <= self.state.snapshot.index, "T37: the log goes before the state has it"
+        self.base, self.entries = base, []
 
     def start(
         self,
@@ -97,15 +171,87 @@ class SimDisk:
         window_bytes_max: int = WINDOW_BYTES_MAX,
     ) -> RaftCore:
         """A server that starts from this disk, with its newest ``tail_count`` entries in memory."""
+        index, term, members, membership_index = self.state.snapshot
+        if not self._log_holds_state():
+            self.reset((index, term))
         count = len(self.entries)
         tail = self.entries[max(0, count - tail_count) if tail_count is not None else 0 :]
-        memberships = [(0, self.founding)] + [
+        changes = [
             (entry.index, Membership.decode(entry.data))
             for entry in self.entries
             if entry.kind is EntryKind.MEMBERSHIP
         ]
-        log = RaftLog(count, runs_of(self.entries), tail, window_bytes_max=window_bytes_max)
-        return RaftCore(member_id, config, log, self.hard_state, memberships, rng)
+        log = RaftLog(
+            self.base[0] + count,
+            runs_of(self.entries),
+            tail,
+            first_index=self.base[0] + 1,
+            base_term=self.base[1],
+            window_bytes_max=window_bytes_max,
+        )
+        memberships = [(membership_index, members), *(c for c in changes if c[0] > index)]
+        return RaftCore(
+            member_id, config, log, self.hard_state, memberships, rng, commit_index=index
+        )
+
+    # ---- What a test wants to know ----
+
+    def _log_holds_state(self) -> bool:
+        index, term, *_ = self.state.snapshot
+        assert self.base[0] <= index, "a hole between state and log"
+        if index == self.base[0]:
+            return term == self.base[1]
+        place = index - self.base[0] - 1
+        return place < len(self.entries) and self.entries[place].term == term
+
+    def found(self) -> list[Entry]:
+        """Every entry from the first on that a restart would find, in the state or in the log."""
+        if not self._log_holds_state():
+            return list(self.state.entries)
+        return [*self.state.entries[: self.base[0]], *self.entries]
+
+
+class Sending:
+    """A state on its way to one follower, as its leader's driver sees it."""
+
+    def __init__(self, snapshot_id: int, term: int, state: SimState, chunk_bytes: int) -> None:
+        self.snapshot_id = snapshot_id
+        self.term = term
+        self.index = state.snapshot.index
+        self.offset = 0
+        self._data = state.encode()
+        self._chunk_bytes = chunk_bytes
+
+    def chunk(self, sender: MemberId, to: MemberId) -> SnapshotChunk:
+        """The piece that the follower lacks next."""
+        end = self.offset + self._chunk_bytes
+        data = self._data[self.offset : end]
+        is_last = end >= len(self._data)
+        return SnapshotChunk(sender, to, self.term, self.snapshot_id, self.offset, data, is_last)
+
+
+class Receiving:
+    """A state on its way to this server, as its driver sees it."""
+
+    def __init__(self) -> None:
+        self._snapshot_id = 0
+        self._data = b""
+
+    def take(self, chunk: SnapshotChunk) -> tuple[int, SnapshotOutcome] | SimState:
+        """What to answer, or the state once it is complete."""
+        if chunk.offset == 0 and chunk.snapshot_id != self._snapshot_id:
+            self._snapshot_id, self._data = chunk.snapshot_id, b""
+        if chunk.snapshot_id != self._snapshot_id:
+            return 0, SnapshotOutcome.REFUSED
+        if chunk.offset == len(self._data):
+            self._data += chunk.data
+            if chunk.is_last:
+                data, self._data, self._snapshot_id = self._data, b"", 0
+                return SimState.decode(data)
+        return len(self._data), SnapshotOutcome.MORE
+
+
+# ---- Servers -----------------------------------------------------------------------------------
 
 
 def server(
@@ -164,7 +310,7 @@ def appends(core: RaftCore, to: MemberId) -> list[AppendEntries]:
     """All that is to be sent to this follower now."""
     found: list[AppendEntries] = []
     while (message := core.append_for(to)) is not None:
-        assert not isinstance(message, EntriesOnDisk)
+        assert not isinstance(message, EntriesOnDisk | SnapshotDue)
         found.append(message)
     return found
 
@@ -214,7 +360,7 @@ def lead(core: RaftCore | None = None) -> RaftCore:
 
 def terms(core: RaftCore) -> list[int]:
     """The terms of the entries in the log."""
-    return [core.log.term_at(i) for i in range(1, core.log.last_index + 1)]
+    return [core.log.term_at(i) for i in range(core.log.first_index, core.log.last_index + 1)]
 
 
 def describe_entry(entry: Entry) -> str:
@@ -251,5 +397,14 @@ def describe(message: Message) -> str:
         case VoteReply():
             answer = "yes" if message.granted else "no"
             return f"{head}: {'would vote' if message.pre_vote else 'votes'} {answer}"
+        case SnapshotChunk():
+            last = ", the last" if message.is_last else ""
+            size = f"{len(message.data)} bytes from {message.offset}"
+            return f"{head}: chunk of state {message.snapshot_id}, {size}{last}"
+        case SnapshotReply(outcome=SnapshotOutcome.MORE):
+            return f"{head}: has {message.received_bytes} bytes of state {message.snapshot_id}"
+        case SnapshotReply():
+            outcome = message.outcome.name.lower()
+            return f"{head}: state {message.snapshot_id} is {outcome}"
         case HashReport():
             return f"{head}: state hash at {message.applied_index}"

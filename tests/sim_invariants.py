@@ -14,7 +14,8 @@ I7   applied <= committed <= last index; terms in a log never decrease
 I8   a leader only appends
 I9   what a message promises is on its sender's disk when it leaves
 I10  what a leader commits is on the disks of a majority at that instant
-Besides these: paper 5.4.1 and 5.4.2, thesis 4.1 (membership) and 6.4 (reads).
+Besides these: paper 5.4.1, 5.4.2 and section 7 (a state holds what was committed up to its index,
+no more, no less), thesis 4.1 (membership) and 6.4 (reads).
 
 Called by ``sim_raft.py``, which makes up the weather.
 """
@@ -34,10 +35,12 @@ from raft_types import (
     Membership,
     Message,
     Role,
+    SnapshotOutcome,
+    SnapshotReply,
     VoteReply,
     VoteRequest,
 )
-from tests.raft_servers import SimDisk, describe_entry
+from tests.raft_servers import SimDisk, SimState, describe_entry
 
 EVERYTHING_BYTES = 1 << 30
 
@@ -53,21 +56,29 @@ class Watched:
         self.name = name
         self.core = core
         self.disk = disk
-        # What the core's log holds, in memory or not: followed step by step.
-        self.log = list(disk.entries)
+        # What the core's log holds, in memory or not, and what came before it: followed step by step.
+        self.log = disk.found()
         self.term = core.term
         self.role = core.role
-        self.commit_index = 0
-        self.applied_index = 0
+        self.commit_index = core.commit_index
+        self.applied = list(disk.state.entries)  # the state machine
         self.truncated_count = 0
         self.match: dict[MemberId, int] = {}
+        # What is in force before the first change in the log.
+        first = disk.state.snapshot
+        self.founding = first.membership if first.membership_index == 0 else Membership()
 
-    def membership(self) -> Membership:
-        """What the log says, down to its last entry."""
-        for entry in reversed(self.log):
+    def membership_at(self, index: int) -> tuple[int, Membership]:
+        """What the log says up to ``index``, and where it says so."""
+        for entry in reversed(self.log[:index]):
             if entry.kind is EntryKind.MEMBERSHIP:
-                return Membership.decode(entry.data)
-        return self.disk.founding
+                return entry.index, Membership.decode(entry.data)
+        return 0, self.founding
+
+    @property
+    def applied_index(self) -> int:
+        """How far the state machine is."""
+        return len(self.applied)
 
 
 class Cluster(Protocol):
@@ -94,6 +105,7 @@ class Invariants:
         self._known: dict[tuple[int, int], tuple[Entry, int]] = {}
         # Requests that came with a log as good as the receiver's, and were not granted yet.
         self._grantable: Counter[tuple[MemberId, MemberId, int, bool]] = Counter()
+        self._sent_index: dict[int, int] = {}  # of the state, by the id of the transfer
         self._reads: dict[int, int] = {}  # committed anywhere when it was asked, by token
 
     @staticmethod
@@ -134,10 +146,10 @@ class Invariants:
                 changes |= entry.kind is EntryKind.MEMBERSHIP
         self.require(core.log.last_index == len(log), f"I8: {server.name} lost entries unseen")
         if changes:
-            last = server.membership()
+            _, last = server.membership_at(len(log))
             self.require(core.membership == last, "thesis 4.1: not the membership of the log")
-        if log:
-            middle = log[len(log) // 2]
+        if log and log[-1].index >= core.log.first_index:
+            middle = log[(core.log.first_index + len(log) - 1) // 2]
             self.require(core.log.term_at(middle.index) == middle.term, "I7: term_at is wrong")
 
     def _learn(self, server: Watched, entry: Entry) -> None:
@@ -217,8 +229,7 @@ class Invariants:
                 self.require(has, f"I3: later leader {other.name} lacks {describe_entry(entry)}")
 
     def _has_synced(self, member_id: MemberId, entry: Entry) -> bool:
-        entries = self._cluster.disk_of(member_id).entries
-        return len(entries) >= entry.index and entries[entry.index - 1] == entry
+        return self._cluster.disk_of(member_id).found()[entry.index - 1 : entry.index] == [entry]
 
     # ---- What goes in and out ------------------------------------------------------------------
 
@@ -244,6 +255,12 @@ class Invariants:
                 self.require(leader == server.name, f"I1: {server.name} is no leader of its term")
             case AppendReply(success=True):
                 self._on_acknowledge(server, message)
+            case SnapshotReply(outcome=SnapshotOutcome.INSTALLED):
+                self.counts["snapshots installed"] += 1
+                held, index = len(server.disk.found()), self._sent_index[message.snapshot_id]
+                self.require(
+                    held >= index, f"I9: {server.name} says it has {index}, its disk ends at {held}"
+                )
             case VoteRequest(pre_vote=False):
                 self._on_vote(server, message.term, message.sender)
             case VoteReply(granted=True):
@@ -269,16 +286,16 @@ class Invariants:
     def _on_acknowledge(self, server: Watched, message: AppendReply) -> None:
         if server.disk.hard_state.term > message.term:
             return  # since replaced by a later leader, who can only be one that has what counts
-        held = len(server.disk.entries)
+        held = server.disk.found()
         self.require(
-            held >= message.match_index,
-            f"I9: {server.name} acknowledges {message.match_index}, its disk ends at {held}",
+            len(held) >= message.match_index,
+            f"I9: {server.name} acknowledges {message.match_index}, its disk ends at {len(held)}",
         )
         leader = next((s for s in self._cluster.running() if s.name == message.to), None)
         if leader and leader.core.role is Role.LEADER and leader.core.term == message.term:
             count = message.match_index
             self.require(
-                server.disk.entries[:count] == leader.log[:count],
+                held[:count] == leader.log[:count],
                 f"I9: what {server.name} acknowledges is not the leader's log",
             )
 
@@ -286,8 +303,42 @@ class Invariants:
         """An entry reaches a state machine."""
         self.require(entry.index == server.applied_index + 1, "I7: applied out of order")
         self.require(self.committed[entry.index - 1] == entry, f"I4: {server.name} applies another")
-        server.applied_index = entry.index
+        server.applied.append(entry)
         self.require(entry.index <= server.core.commit_index, "I7: applied before committed")
+
+    # ---- States (paper section 7) --------------------------------------------------------------
+
+    def on_save(self, server: Watched, state: SimState) -> None:
+        """A state is about to be made durable, the server's own or one that it was sent."""
+        index, term, membership, membership_index = state.snapshot
+        self.require(
+            list(state.entries) == self.committed[:index] and state.entries[-1].term == term,
+            f"section 7: {server.name}'s state at {index} is not what was committed",
+        )
+        changes = [e for e in state.entries if e.kind is EntryKind.MEMBERSHIP]
+        if changes:
+            self.require(
+                membership == Membership.decode(changes[-1].data)
+                and membership_index == changes[-1].index,
+                f"section 7: {server.name}'s state at {index} has another membership",
+            )
+
+    def on_open(self, snapshot_id: int, state: SimState) -> None:
+        """A transfer of this state begins."""
+        self._sent_index[snapshot_id] = state.snapshot.index
+
+    def on_restore(self, server: Watched, state: SimState) -> None:
+        """The core has just been told of a state that was installed here."""
+        index, *_ = state.snapshot
+        had_it = server.log[index - 1 : index] == [state.entries[-1]]
+        self.counts["logs kept" if had_it else "logs emptied"] += 1
+        if not had_it:
+            server.log = list(state.entries)
+        if state.snapshot.membership_index == 0:
+            server.founding = state.snapshot.membership
+        server.truncated_count = server.core.truncated_count
+        if index > server.applied_index:
+            server.applied = list(state.entries)
 
     # ---- Linearizable reads (thesis 6.4) -------------------------------------------------------
 

@@ -6,7 +6,8 @@ Rule 3: what a disk did not sync is lost in a crash, or kept, or kept in part, a
 Rule 4: after every step of every server the invariants are checked (``sim_invariants.py``).
 
 A run is a storm (crashes, cuts, loss, duplicates, delays, slow disks, uneven clocks, clients, joining
-servers), then calm, in which the cluster must come to rest, then one follower cut off and returned.
+servers, logs cut short behind states on disk), then calm, in which the cluster must come to rest,
+then one follower cut off and returned.
 
 ``python -m tests.sim_raft --seed 7`` prints the history of seed 7;
 ``python -m tests.sim_raft --seed 0 --count 1000`` runs a thousand quietly.
@@ -29,10 +30,29 @@ from raft_core import (
     NotLeaderError,
     RaftConfig,
     RaftCore,
+    SnapshotDue,
     TooMuchUncommittedError,
 )
-from raft_types import MemberId, Membership, Message, Ready, Role
-from tests.raft_servers import SimDisk, describe, member, membership
+from raft_types import (
+    MemberId,
+    Membership,
+    Message,
+    Ready,
+    Role,
+    Snapshot,
+    SnapshotChunk,
+    SnapshotOutcome,
+    SnapshotReply,
+)
+from tests.raft_servers import (
+    Receiving,
+    Sending,
+    SimDisk,
+    SimState,
+    describe,
+    member,
+    membership,
+)
 from tests.sim_invariants import Invariants, ViolationError, Watched
 
 STORM_TICKS = 250.0
@@ -40,6 +60,8 @@ STORM_TICKS = 250.0
 LEADER_TIMEOUTS = 5
 REST_TIMEOUTS = 10
 LEARNERS = "fg"
+CHUNK_RETRY_TICKS = 8
+CHUNK_RETRIES_MAX = 5
 
 
 class Weather(NamedTuple):
@@ -98,6 +120,10 @@ class SimServer(Watched):
         self.writing = False  # the log writer has a Ready and has not come back
         self.unsynced: Ready | None = None  # what a crash would take
         self.reading: set[MemberId] = set()  # followers for whom entries are read from the disk
+        self.sending: dict[MemberId, Sending] = {}
+        self.receiving = Receiving()
+        # How far a state received is; until it is in force this server's own must not be saved.
+        self.installing = ""
 
 
 class Simulation:
@@ -109,6 +135,9 @@ class Simulation:
         self.weather = _storm(self.rng)
         self.config = _config(self.rng)
         self.window_bytes_max = self.rng.choice((0, 300, 100_000))
+        self.save_ticks = self.rng.choice((4, 15, 60, 1e9))  # the mean time between states saved
+        self.tail_entries = self.rng.choice((0, 3, 20))  # kept in the log though the state has them
+        self.chunk_bytes = self.rng.choice((200, 1000, 10_000))
         self.names = "abcde"[: self.rng.choice((3, 5))]
         self.disks = {name: SimDisk(membership(self.names)) for name in self.names}
         self.servers: dict[MemberId, SimServer] = {}
@@ -199,9 +228,10 @@ class Simulation:
         (leader,) = self._leaders()
         last_index = leader.core.log.last_index
         return len(leader.core.membership.voters) == len(leader.core.membership.members) and all(
-            server.core.leader_id == leader.name
+            server.asleep_until <= self.now
+            and server.core.leader_id == leader.name
             and server.log == leader.log
-            and server.disk.entries == leader.log
+            and server.disk.found() == leader.log
             and server.core.commit_index == server.applied_index == last_index
             for server in self.servers.values()
         )
@@ -232,12 +262,16 @@ class Simulation:
         )
         tick_length = self.rng.choice((1, 1, 1, 0.8, 1.25))
         server = self.servers[name] = SimServer(name, core, disk, tick_length)
-        self._say(f"{name} starts in term {core.term} with {core.log.last_index} entries")
+        held = f"{core.log.first_index}..{core.log.last_index}"
+        self._say(f"{name} starts in term {core.term}, state at {core.commit_index}, log {held}")
         self._at(self.rng.uniform(0, 1), self._tick, server)
+        self._at(self._pause(self.save_ticks), self._save, server)
         for peer in self.servers.values():
             if self._chance(0.7):
                 peer.core.link_up(name)
                 self._after(peer)
+            if self._chance(0.3) and self.weather is not CALM:
+                self._send_needless_state(peer, name)
 
     def _sleeps(self, server: SimServer, action: Callable[..., None], *args: object) -> bool:
         """Whether the server can do nothing now; if so, the action comes when it wakes up."""
@@ -279,12 +313,15 @@ class Simulation:
         ready = None if server.writing else server.core.ready()
         if ready is not None:
             server.writing, server.unsynced = True, ready
-            self._at(self._sync_ticks(), self._synced, server, ready)
+            if ready.log_base is None:
+                self._at(self._sync_ticks(), self._synced, server, ready)
+            else:
+                self._next_step(server, self._synced, server, ready)
 
     def _synced(self, server: SimServer, ready: Ready) -> None:
         if not server.up or self._sleeps(server, self._synced, server, ready):
             return
-        server.disk.write(ready.hard_state, ready.entries)
+        server.disk.write(ready.hard_state, ready.entries, ready.log_base)
         server.unsynced = None
         for message in ready.messages:
             self._send(server, message)
@@ -307,7 +344,11 @@ class Simulation:
                 append = server.core.append_for(peer)
                 if append is None:
                     break
-                if isinstance(append, EntriesOnDisk):
+                if isinstance(append, SnapshotDue):
+                    self._say(f"{server.name} has no entry {append.needed_index} for {peer}")
+                    server.core.snapshot_started(peer)
+                    self._at(self._sync_ticks(), self._open_state, server, peer, server.core.term)
+                elif isinstance(append, EntriesOnDisk):
                     self.counts["entries on disk"] += 1
                     server.reading.add(peer)
                     self._at(self._sync_ticks(), self._read_disk, server, peer, append)
@@ -337,6 +378,149 @@ class Simulation:
             self.invariants.on_apply(server, entry)
         server.core.applied_to(server.applied_index)
 
+    # ---- States, saved and sent ----
+
+    def _next_step(self, server: SimServer, step: Callable[..., None], *args: object) -> None:
+        """Do this when the disk is done, unless the server crashes just before it."""
+        ticks = self._sync_ticks()
+        if self._chance(self.weather.slow):
+            ticks += self.rng.uniform(1, self.weather.slow_ticks)  # a big state
+        self._at(ticks, step, *args)
+        if self.weather is not CALM and self._chance(0.1):
+            self._at(self.rng.uniform(0, ticks), self._crash_for_a_while, server)
+
+    def _save(self, server: SimServer) -> None:
+        """Like state-flusher: write down how far the state machine is; then shorten the log."""
+        if not server.up or self._sleeps(server, self._save, server):
+            return
+        self._at(self._pause(self.save_ticks), self._save, server)
+        index = server.applied_index
+        if index > server.disk.state.snapshot.index:
+            membership_index, members = server.core.membership_at(index)
+            snapshot = Snapshot(index, server.core.log.term_at(index), members, membership_index)
+            state = SimState(snapshot, tuple(server.applied))
+            self._next_step(server, self._saved, server, state)
+
+    def _saved(self, server: SimServer, state: SimState) -> None:
+        if not server.up or self._sleeps(server, self._saved, server, state):
+            return
+        if server.installing or state.snapshot.index <= server.disk.state.snapshot.index:
+            return  # given up for the state that another server has sent
+        self.invariants.on_save(server, state)
+        server.disk.save(state)
+        self.counts["states saved"] += 1
+        # What is being sent to a follower must meet the log, which may end before the state, if the
+        # others committed faster than this disk wrote. And drops go by whole segments of 3.
+        needed = [sending.index for sending in server.sending.values()]
+        covered = min(state.snapshot.index, server.core.log.stable_index)
+        first = min([covered - self.tail_entries, *needed]) // 3 * 3 + 1
+        if first > server.disk.base[0] + 1:
+            self._say(
+                f"{server.name} drops its log before {first}, state at {state.snapshot.index}"
+            )
+            server.disk.drop_before(first)
+            self._next_step(server, self._compacted, server, first)
+
+    def _compacted(self, server: SimServer, first: int) -> None:
+        if server.up and not self._sleeps(server, self._compacted, server, first):
+            self.counts["logs compacted"] += 1
+            server.core.compacted_to(first)
+            self._after(server)
+
+    def _send_needless_state(self, server: SimServer, peer: MemberId) -> None:
+        """To one that does not need it (any more): a state may come at any time."""
+        idle = peer in server.core.progress and peer not in server.sending
+        if idle and server.disk.state.snapshot.index > 0:
+            self._open_state(server, peer, server.core.term)
+
+    def _open_state(self, server: SimServer, peer: MemberId, term: int) -> None:
+        if not server.up or self._sleeps(server, self._open_state, server, peer, term):
+            return
+        if not self._still_leads(server, term):
+            return
+        snapshot_id = self.rng.randrange(1, 1 << 64)
+        server.sending[peer] = Sending(snapshot_id, term, server.disk.state, self.chunk_bytes)
+        self.counts["snapshots sent"] += 1
+        self.invariants.on_open(snapshot_id, server.disk.state)
+        self._send_chunk(server, peer, server.sending[peer], CHUNK_RETRIES_MAX)
+
+    def _send_chunk(
+        self, server: SimServer, peer: MemberId, sending: Sending, retries: int
+    ) -> None:
+        if not self._still_leads(server, sending.term):
+            server.sending.pop(peer, None)
+            return
+        self.counts["chunks"] += 1
+        self._send(server, sending.chunk(server.name, peer))
+        args = (server, peer, sending, sending.offset, retries)
+        self._at(CHUNK_RETRY_TICKS, self._repeat_chunk, *args)
+
+    def _repeat_chunk(
+        self, server: SimServer, peer: MemberId, sending: Sending, seen: int, retries: int
+    ) -> None:
+        """Send the chunk at ``seen`` again if the transfer has not gone on since."""
+        args = (server, peer, sending, seen, retries)
+        if not server.up or self._sleeps(server, self._repeat_chunk, *args):
+            return
+        if server.sending.get(peer) is sending and sending.offset == seen:
+            if retries > 0:
+                self._send_chunk(server, peer, sending, retries - 1)
+            else:
+                self._end_sending(server, peer, None)
+
+    def _still_leads(self, server: SimServer, term: int) -> bool:
+        return server.core.role is Role.LEADER and server.core.term == term
+
+    def _end_sending(self, server: SimServer, peer: MemberId, index: int | None) -> None:
+        del server.sending[peer]
+        self.counts["snapshots given up"] += index is None
+        server.core.snapshot_ended(peer, index)
+        self._after(server)
+
+    def _on_snapshot_reply(self, server: SimServer, reply: SnapshotReply) -> None:
+        peer, sending = reply.sender, server.sending.get(reply.sender)
+        if sending is None or sending.snapshot_id != reply.snapshot_id:
+            return
+        if not self._still_leads(server, reply.term):
+            return
+        if reply.outcome is SnapshotOutcome.INSTALLED:
+            self._end_sending(server, peer, sending.index)
+        elif reply.outcome is SnapshotOutcome.REFUSED:
+            self._end_sending(server, peer, None)
+        elif reply.received_bytes > sending.offset:
+            sending.offset = reply.received_bytes
+            self._send_chunk(server, peer, sending, CHUNK_RETRIES_MAX)
+
+    def _on_chunk(self, server: SimServer, chunk: SnapshotChunk) -> None:
+        if chunk.term != server.core.term or server.installing:
+            return
+        result = server.receiving.take(chunk)
+        if not isinstance(result, SimState):
+            server.core.answer_chunk(chunk, *result)
+        elif result.snapshot.index <= server.core.commit_index:
+            server.core.answer_chunk(chunk, 0, SnapshotOutcome.INSTALLED)
+        else:
+            server.installing = "a state received"
+            self._next_step(server, self._install, server, chunk, result)
+
+    def _install(self, server: SimServer, chunk: SnapshotChunk, state: SimState) -> None:
+        """The state is whole and synced: put it in the place of the server's own."""
+        if server.up and not self._sleeps(server, self._install, server, chunk, state):
+            self.invariants.on_save(server, state)
+            server.disk.save(state)
+            server.installing = "a state in place"
+            self._next_step(server, self._restore, server, chunk, state)
+
+    def _restore(self, server: SimServer, chunk: SnapshotChunk, state: SimState) -> None:
+        """It is in place: load it."""
+        if server.up and not self._sleeps(server, self._restore, server, chunk, state):
+            self._say(f"{server.name} restores the state at {state.snapshot.index}")
+            server.installing = ""
+            server.core.restore(state.snapshot)
+            self.invariants.on_restore(server, state)
+            server.core.answer_chunk(chunk, 0, SnapshotOutcome.INSTALLED)
+            self._after(server)
+
     # ---- The network ----
 
     def _send(self, server: SimServer, message: Message) -> None:
@@ -361,6 +545,10 @@ class Simulation:
             self._say(describe(message))
         self.invariants.before_step(server, message)
         server.core.step(message)
+        if isinstance(message, SnapshotChunk):
+            self._on_chunk(server, message)
+        elif isinstance(message, SnapshotReply):
+            self._on_snapshot_reply(server, message)
         self._after(server)
 
     def _isolate(self, name: MemberId) -> None:
@@ -400,6 +588,10 @@ class Simulation:
     def _crash_one(self) -> None:
         server = self._some_server()
         if server is not None:
+            self._crash_for_a_while(server)
+
+    def _crash_for_a_while(self, server: SimServer) -> None:
+        if server.up:
             self._crash(server)
             self._at(self.rng.uniform(0.1, 40), self._restart, server.name)
 
@@ -416,6 +608,8 @@ class Simulation:
         self.counts["crashes"] += 1
         server.up = False
         del self.servers[server.name]
+        if server.installing:
+            self.counts[f"crash with {server.installing}"] += 1
         fate = "nothing"
         if (ready := server.unsynced) is not None:
             fate, kept = self.rng.choice(
@@ -426,8 +620,11 @@ class Simulation:
                 )
             )
             if fate != "lost":
-                server.disk.write(ready.hard_state, ready.entries[:kept])
+                server.disk.write(ready.hard_state, ready.entries[:kept], ready.log_base)
+            elif ready.log_base and self._chance(0.5):
+                server.disk.reset(ready.log_base)  # the first step was done
             self.counts[f"write {fate}"] += 1
+            self.counts["crash with a log to empty"] += ready.log_base is not None
         self._say(f"{server.name} crashes; of what was not synced: {fate}")
         for other in self.servers.values():
             if self._chance(0.5):

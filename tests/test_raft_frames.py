@@ -30,6 +30,9 @@ from raft_types import (
     EntryKind,
     HashReport,
     Message,
+    SnapshotChunk,
+    SnapshotOutcome,
+    SnapshotReply,
     VoteReply,
     VoteRequest,
 )
@@ -42,6 +45,8 @@ MESSAGES: list[Message] = [
     VoteRequest(A, B, 4, 8, 3, True),
     VoteReply(A, B, 4, True, False),
     HashReport(A, B, 4, 8, 2**64 - 1, True),
+    SnapshotChunk(A, B, 4, 2**64 - 1, 1 << 40, b"\x00state", True),
+    SnapshotReply(A, B, 4, 1, 1 << 40, SnapshotOutcome.INSTALLED),
 ]
 each_message = pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m).__name__)
 
@@ -55,6 +60,8 @@ messages = st.one_of(
     st.builds(VoteRequest, *ids, u64, u64, u64, st.booleans()),
     st.builds(VoteReply, *ids, u64, st.booleans(), st.booleans()),
     st.builds(HashReport, *ids, u64, u64, u64, st.booleans()),
+    st.builds(SnapshotChunk, *ids, u64, u64, u64, st.binary(), st.booleans()),
+    st.builds(SnapshotReply, *ids, u64, u64, u64, st.sampled_from(SnapshotOutcome)),
 )
 
 
@@ -149,7 +156,7 @@ def set_bytes(position: int, value: bytes) -> Callable[[bytearray], None]:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        (set_bytes(4, b"\x02"), "format version 2"),
+        (set_bytes(4, b"\x01"), "format version 1"),
         (set_bytes(5, b"\x63"), "unknown type 99"),
         (set_bytes(5, b"\x01"), "unknown type 1"),  # a Hello, but the handshake is over
         (set_bytes(6, bytes.fromhex(C)), f"cluster {C}, not {CLUSTER}"),
@@ -168,6 +175,17 @@ def test_decoder_fed_a_well_formed_frame_that_is_wrong_says_what(
         decode(resealed(encode_message(CLUSTER, MESSAGES[0]), change))
 
 
+def test_decoder_fed_an_outcome_it_does_not_know_says_so() -> None:
+    """A number from the network becomes a name, or nothing."""
+    reply = encode_message(CLUSTER, SnapshotReply(A, B, 4, 1, 0, SnapshotOutcome.MORE))
+
+    (decoded,) = decode(reply)
+    assert isinstance(decoded, SnapshotReply)
+    assert decoded.outcome is SnapshotOutcome.MORE
+    with pytest.raises(FrameError, match="9 is not a valid SnapshotOutcome"):
+        decode(resealed(reply, set_bytes(len(reply) - 5, b"\x09")))
+
+
 def test_decoder_fed_a_bad_frame_gives_what_came_before_it_and_nothing_after() -> None:
     """After a bad frame nothing on the connection can be trusted."""
     first, frames = VoteReply(A, B, 1, True, False), decoder()
@@ -182,13 +200,13 @@ def test_decoder_fed_a_bad_frame_gives_what_came_before_it_and_nothing_after() -
         next(frames.take())
 
 
-def test_encode_message_keeps_the_bytes_of_format_version_1() -> None:
+def test_encode_message_keeps_the_bytes_of_format_version_2() -> None:
     """Nodes of two releases talk to each other: another layout needs another version number."""
     reply = AppendReply(A, B, 1, True, 2, 3, 4, 5, 6)
 
     numbers = "".join(f"{n:016x}" for n in range(2, 7))
     assert encode_message(CLUSTER, reply).hex() == (
-        f"0000004f0104{CLUSTER}{A}{B}000000000000000101{numbers}e5871797"
+        f"0000004f0204{CLUSTER}{A}{B}000000000000000101{numbers}3a155971"
     )
 
 

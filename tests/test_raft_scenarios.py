@@ -20,11 +20,25 @@ from pathlib import Path
 import pytest
 
 import raft_progress
-from raft_core import EntriesOnDisk, NotLeaderError, RaftConfig, RaftCore
-from raft_types import HardState, Membership, Message, Ready, Role
+from raft_core import EntriesOnDisk, NotLeaderError, RaftConfig, RaftCore, SnapshotDue
+from raft_types import (
+    Entry,
+    HardState,
+    Membership,
+    Message,
+    Ready,
+    Role,
+    Snapshot,
+    SnapshotChunk,
+    SnapshotOutcome,
+    SnapshotReply,
+)
 from tests.raft_servers import (
     CONFIG,
+    Receiving,
+    Sending,
     SimDisk,
+    SimState,
     describe,
     describe_entry,
     log_of,
@@ -52,7 +66,10 @@ class Server:
         self.core: RaftCore | None = self.disk.start(self.name, self.config, rng)
         self.writing: Ready | None = None
         self.told_role = (Role.FOLLOWER, self.core.term)
-        self.told_commit = 0
+        self.applied = list(self.disk.state.entries)
+        self.sending: dict[str, Sending] = {}
+        self.receiving = Receiving()
+        self.received: tuple[SnapshotChunk, SimState] | None = None
 
 
 class Stage:
@@ -63,6 +80,7 @@ class Stage:
         self.waiting: list[Message] = []
         self.cuts: set[frozenset[str]] = set()
         self.trace: list[str] = []
+        self.transfers = 0
         self.silent = False  # events are told, messages are not
         self.sentences: list[tuple[str, Callable[..., None]]] = [
             (r"servers ([\w ]+)(, one entry a message)?", self.found),
@@ -81,7 +99,11 @@ class Stage:
             (r"client reads (\w+) at (\w)", self.read),
             (r"(\w) joins at (\w)", self.join),
             (r"(\w) crashes", self.crash),
+            (r"(\w) crashes with the state in place", self.crash_in_install),
             (r"(\w) restarts", self.restart),
+            (r"(\w) saves its state", self.save),
+            (r"(\w) drops its log before (\d+)", self.drop),
+            (r"(\w) repeats its chunk to (\w)", self.repeat_chunk),
             (r"(\w)'s disk stalls", self.stall),
             (r"(\w)'s disk works", self.resume),
             (r"(\w) hears that (\w) died", self.hear_of_death),
@@ -109,7 +131,7 @@ class Stage:
         core = server.core
         assert core is not None
         while not server.stalled and (ready := server.writing or core.ready()) is not None:
-            server.disk.write(ready.hard_state, ready.entries)
+            server.disk.write(ready.hard_state, ready.entries, ready.log_base)
             self.waiting += ready.messages
             server.writing = None
             core.advance(ready)
@@ -118,7 +140,10 @@ class Stage:
         for peer in core.progress:
             while (append := core.append_for(peer)) is not None:
                 assert not isinstance(append, EntriesOnDisk)
-                self.waiting.append(append)
+                if isinstance(append, SnapshotDue):
+                    self._start_sending(server, core, peer)
+                else:
+                    self.waiting.append(append)
         self._tell_news(server, core)
         core.check_invariants()
 
@@ -126,9 +151,11 @@ class Stage:
         if server.told_role != (core.role, core.term):
             server.told_role = (core.role, core.term)
             self.trace.append(f"{server.name} is {core.role} of term {core.term}")
-        if core.commit_index > server.told_commit:
-            entries = core.entries_to_apply(server.told_commit + 1, 1 << 20) or ()
-            server.told_commit = core.commit_index
+        if core.commit_index > len(server.applied):
+            entries: list[Entry] = list(
+                core.entries_to_apply(len(server.applied) + 1, 1 << 20) or ()
+            )
+            server.applied += entries
             self.trace.append(f"{server.name} commits {' '.join(map(describe_entry, entries))}")
         for index, tokens in core.take_reads():
             self.trace += [f"{server.name} may read {token} at {index}" for token in tokens]
@@ -140,7 +167,53 @@ class Stage:
             self.trace.append(f"{'lost: ' if lost else ''}{describe(message)}")
         if not lost and server.core is not None:
             server.core.step(message)
+            if isinstance(message, SnapshotChunk):
+                self._take_chunk(server, server.core, message)
+            elif isinstance(message, SnapshotReply):
+                self._take_snapshot_reply(server, server.core, message)
             self._work(server)
+
+    def _start_sending(self, server: Server, core: RaftCore, peer: str) -> None:
+        """The whole state in two chunks."""
+        core.snapshot_started(peer)
+        self.transfers += 1
+        half = len(server.disk.state.encode()) // 2 + 1
+        server.sending[peer] = Sending(self.transfers, core.term, server.disk.state, half)
+        self.waiting.append(server.sending[peer].chunk(server.name, peer))
+
+    def _take_snapshot_reply(self, server: Server, core: RaftCore, reply: SnapshotReply) -> None:
+        sending = server.sending.get(reply.sender)
+        if sending is None or sending.snapshot_id != reply.snapshot_id or reply.term != core.term:
+            return
+        if reply.outcome is SnapshotOutcome.MORE:
+            sending.offset = reply.received_bytes
+            self.waiting.append(sending.chunk(server.name, reply.sender))
+        else:
+            installed = reply.outcome is SnapshotOutcome.INSTALLED
+            core.snapshot_ended(reply.sender, sending.index if installed else None)
+            del server.sending[reply.sender]
+
+    def _take_chunk(self, server: Server, core: RaftCore, chunk: SnapshotChunk) -> None:
+        if chunk.term != core.term:
+            return
+        result = server.receiving.take(chunk)
+        if isinstance(result, SimState):
+            server.received = (chunk, result)
+            self._install(server, core)
+        else:
+            core.answer_chunk(chunk, *result)
+
+    def _install(self, server: Server, core: RaftCore) -> None:
+        if server.received is None or server.stalled:
+            return
+        chunk, state = server.received
+        server.received = None
+        if state.snapshot.index > core.commit_index:
+            server.disk.save(state)
+            core.restore(state.snapshot)
+            server.applied = list(state.entries)
+            self.trace.append(f"{server.name} restores the state at {state.snapshot.index}")
+        core.answer_chunk(chunk, 0, SnapshotOutcome.INSTALLED)
 
     def _take(self, sender: str, to: str) -> list[Message]:
         taken = [m for m in self.waiting if (m.sender, m.to) == (sender, to)]
@@ -201,6 +274,13 @@ class Stage:
         self.servers[name].core = None
         self.waiting = [m for m in self.waiting if m.sender != name]
 
+    def crash_in_install(self, name: str) -> None:
+        """The state it has received takes the place of its own, and nothing else happens."""
+        server = self.servers[name]
+        assert server.received is not None
+        server.disk.save(server.received[1])
+        self.crash(name)
+
     def restart(self, name: str) -> None:
         """The server comes back with what its disk holds."""
         server = self.servers[name]
@@ -216,8 +296,28 @@ class Stage:
 
     def resume(self, name: str) -> None:
         """The disk goes on."""
-        self.servers[name].stalled = False
+        server = self.servers[name]
+        server.stalled = False
+        self._install(server, self._core(name))
+        self._work(server)
+
+    def save(self, name: str) -> None:
+        """What is applied goes to the disk."""
+        server, core = self.servers[name], self._core(name)
+        index = len(server.applied)
+        membership_index, members = core.membership_at(index)
+        snapshot = Snapshot(index, core.log.term_at(index), members, membership_index)
+        server.disk.save(SimState(snapshot, tuple(server.applied)))
+
+    def drop(self, name: str, first: str) -> None:
+        """The log becomes shorter at its front."""
+        self.servers[name].disk.drop_before(int(first))
+        self._core(name).compacted_to(int(first))
         self._work(self.servers[name])
+
+    def repeat_chunk(self, name: str, to: str) -> None:
+        """The leader has waited for an answer in vain."""
+        self.waiting.append(self.servers[name].sending[to].chunk(name, to))
 
     def hear_of_death(self, name: str, dead: str) -> None:
         """The server is told that the other's process is gone."""
@@ -284,7 +384,8 @@ class Stage:
             if core is None:
                 self.trace.append(f"{name}: down")
                 continue
-            log = " ".join(f"{i}.{core.log.term_at(i)}" for i in range(1, core.log.last_index + 1))
+            first, last = core.log.first_index, core.log.last_index
+            log = " ".join(f"{i}.{core.log.term_at(i)}" for i in range(first, last + 1))
             follows = (
                 f", follows {core.leader_id or 'no one'}" if core.role is Role.FOLLOWER else ""
             )

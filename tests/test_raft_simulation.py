@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from raft_core import RaftCore
+from raft_log import MembershipLog, RaftLog
 from raft_progress import Progress
 from raft_types import (
     AppendEntries,
@@ -22,9 +24,12 @@ from raft_types import (
     Message,
     Ready,
     Role,
+    Snapshot,
+    SnapshotChunk,
+    SnapshotOutcome,
     VoteRequest,
 )
-from tests.raft_servers import SimDisk
+from tests.raft_servers import SimDisk, SimState
 from tests.sim_invariants import ViolationError
 from tests.sim_raft import SimServer, Simulation, run
 
@@ -51,6 +56,16 @@ EXPECTED = {
     "applied from disk": 1000,
     "joins": 100,
     "join refused": 50,
+    "states saved": 3000,
+    "logs compacted": 1500,
+    "chunks": 1500,
+    "snapshots installed": 200,
+    "snapshots given up": 5,
+    "logs emptied": 150,
+    "logs kept": 1,
+    "crash with a state received": 5,
+    "crash with a state in place": 5,
+    "crash with a log to empty": 5,
 }
 
 
@@ -90,8 +105,13 @@ def vote_not_persisted(patch: pytest.MonkeyPatch) -> None:
     """M1: the term is saved, the vote is not."""
     write = SimDisk.write
 
-    def forget_vote(disk: SimDisk, state: HardState | None, entries: Sequence[Entry]) -> None:
-        write(disk, state and state._replace(voted_for=None), entries)
+    def forget_vote(
+        disk: SimDisk,
+        state: HardState | None,
+        entries: Sequence[Entry],
+        log_base: tuple[int, int] | None = None,
+    ) -> None:
+        write(disk, state and state._replace(voted_for=None), entries, log_base)
 
     patch.setattr(SimDisk, "write", forget_vote)
 
@@ -109,7 +129,7 @@ def sent_before_synced(patch: pytest.MonkeyPatch) -> None:
 
     def sync_only(simulation: Simulation, server: SimServer, ready: Ready) -> None:
         if server.up:
-            server.disk.write(ready.hard_state, ready.entries)
+            server.disk.write(ready.hard_state, ready.entries, ready.log_base)
             server.unsynced = None
             simulation._advance(server, ready)
 
@@ -217,7 +237,7 @@ def votes_counted_by_message(patch: pytest.MonkeyPatch) -> None:
 
 
 def _pending(core: RaftCore) -> bool:
-    return core._memberships[-1][0] > core.commit_index
+    return core._memberships.latest_index > core.commit_index
 
 
 def membership_changed_before_own_commit(patch: pytest.MonkeyPatch) -> None:
@@ -305,10 +325,84 @@ def entries_left_out_of_a_ready(patch: pytest.MonkeyPatch) -> None:
     def lose_last(core: RaftCore) -> Ready | None:
         given = ready(core)
         if given is not None and len(given.entries) > 1:
-            given = core._ready_out = Ready(given.hard_state, given.entries[:-1], given.messages)
+            given = core._ready_out = replace(given, entries=given.entries[:-1])
         return given
 
     patch.setattr(RaftCore, "ready", lose_last)
+
+
+def log_kept_though_it_differs(patch: pytest.MonkeyPatch) -> None:
+    """T39: what follows an entry that was never committed stays."""
+    restore = RaftCore.restore
+
+    def keep(core: RaftCore, snapshot: Snapshot) -> None:
+        patch.setattr(RaftLog, "matches", lambda log, index, _: index <= log.last_index)
+        restore(core, snapshot)
+        patch.setattr(RaftLog, "matches", matches)
+
+    matches = RaftLog.matches
+    patch.setattr(RaftCore, "restore", keep)
+
+
+def base_term_forgotten(patch: pytest.MonkeyPatch) -> None:
+    """T38: the term of the last entry that the state has."""
+    compact = RaftLog.compact
+
+    def forget(log: RaftLog, first_index: int) -> None:
+        compact(log, first_index)
+        log._run_terms[0] = 0
+
+    patch.setattr(RaftLog, "compact", forget)
+
+
+def membership_forgotten_with_its_entry(patch: pytest.MonkeyPatch) -> None:
+    """T38, T64: the entry is gone from the log, and so is what it said."""
+
+    def forget(log: MembershipLog, first_index: int) -> None:
+        log._changes = [change for change in log._changes if change[0] >= first_index]
+
+    patch.setattr(MembershipLog, "compact", forget)
+
+
+def state_acknowledged_before_it_is_in_place(patch: pytest.MonkeyPatch) -> None:
+    """T4 of states: received is not installed."""
+    on_chunk = Simulation._on_chunk
+
+    def acknowledge(simulation: Simulation, server: SimServer, chunk: SnapshotChunk) -> None:
+        on_chunk(simulation, server, chunk)
+        if chunk.is_last:
+            server.core.answer_chunk(chunk, 0, SnapshotOutcome.INSTALLED)
+
+    patch.setattr(Simulation, "_on_chunk", acknowledge)
+
+
+def log_emptied_before_the_state_is_in_place(patch: pytest.MonkeyPatch) -> None:
+    """T37: a crash in between leaves neither."""
+    install = Simulation._install
+
+    def empty_first(
+        simulation: Simulation, server: SimServer, chunk: SnapshotChunk, state: SimState
+    ) -> None:
+        if server.up:
+            server.core.restore(state.snapshot)
+            simulation.invariants.on_restore(server, state)
+            simulation._after(server)
+        simulation._at(3, install, simulation, server, chunk, state)
+
+    patch.setattr(Simulation, "_install", empty_first)
+
+
+def log_dropped_before_the_state_is_saved(patch: pytest.MonkeyPatch) -> None:
+    """T37, M16: what was applied is taken for what is saved."""
+    save = Simulation._save
+
+    def drop_first(simulation: Simulation, server: SimServer) -> None:
+        if server.up and server.applied_index > server.disk.state.snapshot.index:
+            first = min(server.applied_index, server.core.log.stable_index) + 1
+            server.disk.drop_before(first)
+        save(simulation, server)
+
+    patch.setattr(Simulation, "_save", drop_first)
 
 
 MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
@@ -332,6 +426,12 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     no_pre_vote,
     vote_forgotten_within_the_term,
     entries_left_out_of_a_ready,
+    log_kept_though_it_differs,
+    base_term_forgotten,
+    membership_forgotten_with_its_entry,
+    state_acknowledged_before_it_is_in_place,
+    log_emptied_before_the_state_is_in_place,
+    log_dropped_before_the_state_is_saved,
 ]
 
 
