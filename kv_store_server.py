@@ -47,7 +47,8 @@ from raft_transport import (
 )
 from raft_types import Identity, Member, new_id
 from raft_types import Member as NodeInfo
-from replication_log import DataDirError, ReplicationLog
+from replication_log import ReplicationLog
+from replication_log_format import DataDirError
 
 __all__ = ["KeyValueStore", "NodeInfo", "NodeRole", "ReplicationLog", "TCPServer", "main"]
 

@@ -8,6 +8,8 @@ and everything after it, because of two records the later one counts.
 Rule 4: an incomplete last record (a torn tail) is cut and kept as a copy. Any other damage stops
 the node: to cut it might lose an entry that a majority counts on (raft-traps T8).
 Rule 5: behind the last record a file holds nothing but zeros, which are its clean end.
+Rule 6: entries leave the log at its front in whole segments, the oldest first (``drop_before``), or
+all at once (``reset``). Whatever files a crash leaves of that are a log that begins somewhere.
 
 A data directory, and what is in its files (integers big-endian, numbers in names hexadecimal):
 
@@ -27,17 +29,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
-import re
 import struct
 import sys
 import threading
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 from zlib import crc32
@@ -49,65 +49,36 @@ from raft_types import (
     HardState,
     Identity,
     Membership,
-    decode_entries,
     encode_entries,
+)
+from replication_log_format import (
+    FORMAT_VERSION,
+    RECORD_BYTES_MAX,
+    RECORD_HEADER_BYTES,
+    SECTOR_BYTES,
+    SEGMENT_HEADER_BYTES,
+    CorruptLogError,
+    DataDirLockedError,
+    SegmentHeader,
+    TornRecordError,
+    decode_identity,
+    decode_payload,
+    decode_record_header,
+    decode_segment_header,
+    encode_identity,
+    encode_record,
+    encode_segment_header,
+    is_cut_short,
+    record_start,
+    scan,
 )
 
 log = logging.getLogger(__name__)
 
-_FORMAT_VERSION = 2  # of identity.json and of segments; 1 was never released
-_READ_BYTES = 4 << 20  # a recovery reads a segment in pieces of this size
 # A write that reaches beyond the file's zeros brings new ones up to a multiple of this. To sync a
 # write over zeros costs the disk alone; one that changes the file's length costs the file system's
 # journal as well, which etcd saves in the same way (wal/wal.go, preallocation).
 _ZEROS_BYTES = 256 << 10
-_SECTOR_BYTES = 512  # what a disk writes whole or not at all
-
-_WHAT_TO_DO = (
-    "This node does not start on a damaged log, and nothing in it was changed. While the others "
-    "are a majority, start a new node instead: another --node-id and --port, an empty --data-dir. "
-    "It copies the data from them. Never delete single files: the node would forget its promises."
-)
-
-
-# ---- Errors: why a data directory cannot be used -----------------------------------------------
-
-
-class DataDirError(Exception):
-    """The data directory cannot be used; the message says why, and what to do."""
-
-
-class DataDirLockedError(DataDirError):
-    """Another process uses the directory."""
-
-
-class UnknownFormatError(DataDirError):
-    """The directory was written by a version of this program with another file format."""
-
-    def __init__(self, path: Path, version: object) -> None:
-        super().__init__(
-            f"{path} has format version {version}, and this program reads only version "
-            f"{_FORMAT_VERSION}. Start the version of the program that wrote it."
-        )
-
-
-class CorruptLogError(DataDirError):
-    """A file is damaged or missing, in a way that a crash does not explain."""
-
-    def __init__(self, path: Path, offset: int, reason: str) -> None:
-        super().__init__(f"{path} at byte {offset}: {reason}. {_WHAT_TO_DO}")
-        self.path = path
-        self.offset = offset
-        self.reason = reason
-
-
-class _TornRecordError(Exception):
-    """What stands at ``offset`` looks like a record whose write a crash interrupted."""
-
-    def __init__(self, offset: int, reason: str) -> None:
-        super().__init__(reason)
-        self.offset = offset
-
 
 # ---- Values ------------------------------------------------------------------------------------
 
@@ -117,10 +88,11 @@ class Recovered:
     """What the log held when it was opened."""
 
     hard_state: HardState
-    first_index: int  # 1 if the log is empty
-    last_index: int  # 0 if the log is empty
+    first_index: int
+    base_term: int  # of the entry before first_index; 0 if there never was one
+    last_index: int  # first_index - 1 if the log is empty
     term_runs: tuple[tuple[int, int], ...]  # (first index, term) of each run of equal terms
-    memberships: tuple[tuple[int, Membership], ...]  # every MEMBERSHIP entry, by index
+    memberships: tuple[tuple[int, Membership], ...]  # every MEMBERSHIP entry in it, by index
     tail: tuple[Entry, ...]  # the last entries, up to last_index, at most tail_bytes_max of them
 
 
@@ -131,6 +103,9 @@ class Disk:
     pwrite: Callable[[int, bytes, int], int] = os.pwrite
     fdatasync: Callable[[int], None] = os.fdatasync
     fsync: Callable[[int], None] = os.fsync  # for directories, and for a file that was cut
+    ftruncate: Callable[[int, int], None] = os.ftruncate
+    rename: Callable[[Path, Path], None] = os.rename
+    unlink: Callable[[Path], None] = os.unlink
     # pwrite and fdatasync in one; None: one after the other.
     pwrite_durably: Callable[[int, bytes, int], int] | None = None
 
@@ -147,209 +122,27 @@ def _system_disk() -> Disk:
     return Disk(pwrite_durably=pwrite_durably)
 
 
-# ---- The format --------------------------------------------------------------------------------
-
-# Magic, format version, sequence, first index, base term, CRC32.
-_SEGMENT_HEADER = struct.Struct(">4sIIQQI")
-_SEGMENT_HEADER_BYTES = _SEGMENT_HEADER.size
-_SEGMENT_MAGIC = b"RLOG"
-# The sequence orders the files. The first index, which need not grow from file to file, is the one
-# after the last when the segment was created, and the base term is the term of that last one:
-# together they show that no segment before it lost its end.
-_SEGMENT_NAME = re.compile(r"log-([0-9a-f]{8})-([0-9a-f]{16})\.seg")
-
-_RECORD_HEADER = struct.Struct(">IIII")  # payload length, kind, CRC32 of payload, own CRC32
-_RECORD_HEADER_BYTES = _RECORD_HEADER.size
-_RECORD_BYTES_MAX = 0x7FFF_F000  # the most that one read or write call of Linux moves
-_ENTRIES = 0  # kinds of records
-_HARD_STATE_AND_ENTRIES = 1
-
-_HARD_STATE = struct.Struct(">QB")  # term, length of voted_for (0: nobody), which follows
-
-
-_CRC_BYTES = 4  # of a header, at its end, over what comes before
-
-
-def _encode_segment_header(sequence: int, first_index: int, base_term: int) -> bytes:
-    fields = _SEGMENT_MAGIC, _FORMAT_VERSION, sequence, first_index, base_term
-    return _sealed(_SEGMENT_HEADER.pack(*fields, 0)[:-_CRC_BYTES])
-
-
-def _decode_segment_header(path: Path, data: bytes) -> tuple[int, int, int]:
-    """Sequence, first index and base term. ``data`` is the segment's first sector."""
-    magic, version = data[:4], int.from_bytes(data[4:8], "big")
-    if len(data) < 8 or magic != _SEGMENT_MAGIC:
-        raise CorruptLogError(path, 0, "not a segment of the log")
-    # The header of another version may be longer or shorter, but its checksum is at its end.
-    for end in [_SEGMENT_HEADER_BYTES] if version == _FORMAT_VERSION else range(12, len(data) + 1):
-        if data[:end] == _sealed(data[: end - _CRC_BYTES]):
-            break
-    else:
-        raise CorruptLogError(path, 0, "the segment's header has a wrong checksum")
-    if version != _FORMAT_VERSION:
-        raise UnknownFormatError(path, version)
-    _magic, _version, sequence, first_index, base_term, _crc = _SEGMENT_HEADER.unpack_from(data)
-    return sequence, first_index, base_term
-
-
-def _record_start(end: int) -> int:
-    """Where the record after one that ends at ``end`` begins: there, or at the next sector.
-
-    Within one sector, its header is on the disk whole or not at all, whenever the power fails.
-    """
-    left_bytes = -end % _SECTOR_BYTES
-    return end + left_bytes if 0 < left_bytes < _RECORD_HEADER_BYTES else end
-
-
-def _encode_record(hard_state: HardState | None, entries: bytes) -> bytes:
-    kind, payload = _ENTRIES, entries
-    if hard_state is not None:
-        voted_for = (hard_state.voted_for or "").encode()
-        kind = _HARD_STATE_AND_ENTRIES
-        payload = _HARD_STATE.pack(hard_state.term, len(voted_for)) + voted_for + entries
-    header = _RECORD_HEADER.pack(len(payload), kind, crc32(payload), 0)
-    return _sealed(header[:-_CRC_BYTES]) + payload
-
-
-def _sealed(fields: bytes) -> bytes:
-    return fields + crc32(fields).to_bytes(_CRC_BYTES, "big")
-
-
-def _decode_record_header(buffer: bytes, at: int) -> tuple[int, int, int] | None:
-    """Payload length, kind and payload CRC32; None if the header's own checksum is wrong."""
-    length, kind, payload_crc, header_crc = _RECORD_HEADER.unpack_from(buffer, at)
-    if crc32(buffer[at : at + _RECORD_HEADER_BYTES - _CRC_BYTES]) != header_crc:
-        return None
-    return length, kind, payload_crc
-
-
-def _decode_payload(kind: int, payload: bytes) -> tuple[HardState | None, list[Entry]]:
-    """A record's hard state, if it has one, and its entries. ValueError if it has neither form."""
-    if kind == _ENTRIES:
-        return None, decode_entries(payload)
-    if kind != _HARD_STATE_AND_ENTRIES or len(payload) < _HARD_STATE.size:
-        raise ValueError(f"a record of the unknown kind {kind}")
-    term, length = _HARD_STATE.unpack_from(payload)
-    end = _HARD_STATE.size + length
-    voted_for = payload[_HARD_STATE.size : end].decode() or None
-    return HardState(term, voted_for), decode_entries(payload, end)
-
-
-def _data_end(fd: int, size_bytes: int) -> int:
-    """The offset behind the file's last byte that is not zero."""
-    end = size_bytes
-    while end > 0:
-        start = max(0, end - _READ_BYTES)
-        data = os.pread(fd, end - start, start).rstrip(b"\0")
-        if data:
-            return start + len(data)
-        end = start
-    return 0
-
-
-def _scan(path: Path, fd: int, size_bytes: int) -> Iterator[tuple[int, int, int, bytes]]:
-    """Offset, size, kind and payload of each record, until nothing but zeros is left.
-
-    A last record of which not one byte is on the disk cannot be told from one that was never
-    written. Raises _TornRecordError where an interrupted write explains what is found, else
-    CorruptLogError.
-    """
-    data_end = _data_end(fd, size_bytes)
-    offset, want_bytes = _SEGMENT_HEADER_BYTES, _READ_BYTES
-    while offset < data_end:
-        buffer = os.pread(fd, want_bytes, offset)
-        at, end, want_bytes = 0, 0, _READ_BYTES
-        while offset + at < data_end and len(buffer) - at >= _RECORD_HEADER_BYTES:
-            header = _decode_record_header(buffer, at)
-            if header is None:
-                raise _judge_header(path, fd, offset + at, size_bytes)
-            length, kind, payload_crc = header
-            end = at + _RECORD_HEADER_BYTES + length
-            if end > len(buffer):
-                break
-            payload = buffer[at + _RECORD_HEADER_BYTES : end]
-            if crc32(payload) != payload_crc:
-                raise _judge_payload(path, offset + at, payload, data_end)
-            yield offset + at, end - at, kind, payload
-            at = _record_start(offset + end) - offset
-        if at == 0:  # not one whole record: it is longer than what was read, or than the file
-            if offset + len(buffer) >= size_bytes:
-                raise _TornRecordError(offset, "the file ends within a record")
-            want_bytes = end
-        offset += at
-
-
-def _judge_header(path: Path, fd: int, offset: int, size_bytes: int) -> Exception:
-    """A record header has a wrong checksum: torn only if its sector did not arrive.
-
-    Then zeros are left of it, up to the sector's border. Other sectors of the record may have
-    arrived, but nothing was written behind it: one write is under way at a time.
-    """
-    data = os.pread(fd, size_bytes - offset, offset)
-    if not _is_zero(data[: _SECTOR_BYTES - offset % _SECTOR_BYTES]):
-        return CorruptLogError(path, offset, "a record's header has a wrong checksum")
-    if _holds_a_record(data):
-        return CorruptLogError(path, offset, "zeros in place of a record, and others after it")
-    return _TornRecordError(offset, "zeros in place of the last record's header")
-
-
-# What a record's header begins with: a length, not 0, and a kind. Finds all, and little else.
-_HEADER_LIKE = re.compile(rb"(?=[\x00-\x7f].{3}\0\0\0[\0\1])(?!\0{4})", re.DOTALL)
-
-
-def _holds_a_record(data: bytes) -> bool:
-    """Whether a whole record, with both its checksums right, begins anywhere."""
-    for found in _HEADER_LIKE.finditer(data):
-        start = found.start() + _RECORD_HEADER_BYTES
-        header = _decode_record_header(data, found.start()) if start <= len(data) else None
-        if header is not None:
-            length, _kind, payload_crc = header
-            payload = data[start : start + length]
-            if len(payload) == length and crc32(payload) == payload_crc:
-                return True
-    return False
-
-
-def _judge_payload(path: Path, offset: int, payload: bytes, data_end: int) -> Exception:
-    """A payload has a wrong checksum: torn only in the last record, with a sector still unwritten.
-
-    The rule is etcd's (wal/decoder.go, isTornEntry). The sector that the header ends in did arrive,
-    for the header is whole: only those after it count.
-    """
-    start = offset + _RECORD_HEADER_BYTES
-    if start + len(payload) >= data_end:
-        for at in range(-start % _SECTOR_BYTES, len(payload), _SECTOR_BYTES):
-            if _is_zero(payload[at : at + _SECTOR_BYTES]):
-                return _TornRecordError(offset, "zeros in place of a part of the last record")
-    return CorruptLogError(path, offset, "a record has a wrong checksum")
-
-
-def _is_zero(data: bytes) -> bool:
-    return data.count(0) == len(data)
-
-
-def _encode_identity(fields: dict[str, object]) -> bytes:
-    """The identity file: fields and their CRC32, readable for a person."""
-    crc = crc32(json.dumps(fields).encode())
-    return json.dumps({**fields, "crc32": f"{crc:08x}"}, indent=2).encode() + b"\n"
-
-
-def _decode_identity(path: Path, data: bytes) -> Identity:
-    try:
-        fields = json.loads(data)
-        fields.pop("crc32")
-        # Compared as bytes, so that no change at all, by hand or by a bad disk, goes unseen.
-        if data != _encode_identity(fields):
-            raise ValueError("its checksum is wrong")
-        version = fields.pop("format_version")
-        if version != _FORMAT_VERSION:
-            raise UnknownFormatError(path, version)
-        return Identity(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CorruptLogError(path, 0, f"not an identity: {error!r}") from error
+def _copy_of_torn(path: Path) -> Path:
+    """Where what is cut from a segment is kept."""
+    return path.with_suffix(".seg.torn")
 
 
 # ---- The index ---------------------------------------------------------------------------------
+
+
+class _Segment:
+    """An open file of the log. The last who holds on to it closes it: a drop waits for no reader."""
+
+    def __init__(self, path: Path, fd: int, first_index: int) -> None:
+        self.path = path
+        self.fd = fd
+        self.first_index = first_index
+        # Where the last record ends. Invariant: from there the file holds zeros, to its own end.
+        self.records_end = SEGMENT_HEADER_BYTES
+        self.size_bytes = SEGMENT_HEADER_BYTES  # the file's length
+
+    def __del__(self) -> None:
+        os.close(self.fd)
 
 
 class _Run(NamedTuple):
@@ -390,6 +183,29 @@ class _Index:
             self._offsets.append(offset)
             self._sizes.append(size_bytes)
             self.last = last
+
+    def reset(self, first: int) -> None:
+        """Forget all batches; the next one begins at ``first``."""
+        with self._lock:
+            for column in (self._firsts, self._sequences, self._offsets, self._sizes):
+                del column[:]
+            self.first, self.last = first, first - 1
+
+    def drop_before(self, index: int, last_sequence: int) -> int:
+        """Forget the segments that hold only entries before ``index``, but not the last segment.
+
+        Returns the sequence of the first that is left.
+        """
+        with self._lock:
+            if index > self.last or not self._firsts:
+                sequence = last_sequence
+            else:
+                sequence = self._sequences[max(0, bisect_right(self._firsts, index) - 1)]
+            keep = bisect_left(self._sequences, sequence)
+            for column in (self._firsts, self._sequences, self._offsets, self._sizes):
+                del column[:keep]
+            self.first = self._firsts[0] if self._firsts else self.last + 1
+            return sequence
 
     def runs(self, first: int, last: int, bytes_max: int) -> list[_Run]:
         """What to read for ``first`` to ``last``: the first batch, and bytes_max on disk after it.
@@ -452,17 +268,21 @@ class ReplicationLog:
         self._segment_bytes_max = segment_bytes_max
         self._disk = disk or _system_disk()
         if not fsync:
-            self._disk = Disk(self._disk.pwrite, lambda _fd: None, lambda _fd: None)
+            self._disk = replace(
+                self._disk,
+                fdatasync=lambda _fd: None,
+                fsync=lambda _fd: None,
+                pwrite_durably=None,
+            )
         # Set while the disk is being changed, and for good if that raises (Rule 2).
         self._broken = False
-        self._segments: dict[int, tuple[Path, int]] = {}  # path and fd, by sequence
-        # In the last segment, to which records are appended. Invariant: from where they end, the
-        # file holds zeros up to its own end.
-        self._records_end = 0
-        self._zeros_end = 0
+        # By sequence, in their order. Any thread may look; records are appended to the last.
+        self._segments: dict[int, _Segment] = {}
+        self._last_sequence = 0
         self._index = _Index()
         self._hard_state = HardState(0, None)
-        self._term_runs: list[tuple[int, int]] = []  # see Recovered
+        self._base_term = 0  # this and the next: see Recovered
+        self._term_runs: list[tuple[int, int]] = []
         self.identity: Identity | None = None
 
         self._make_directory(directory)
@@ -489,33 +309,66 @@ class ReplicationLog:
         data = encode_entries(entries)
 
         self._begin_change()
-        if self._records_end > _SEGMENT_HEADER_BYTES:
-            size_bytes = _record_start(self._records_end) + _RECORD_HEADER_BYTES + len(data)
-            if size_bytes > self._segment_bytes_max:
-                self._create_segment(len(self._segments) + 1)
-        if self._records_end == _SEGMENT_HEADER_BYTES and hard_state is None:
-            # A segment never needs those before it to know the hard state.
-            hard_state = self._hard_state
-        record = _encode_record(hard_state, data)
+        first = entries[0].index if entries else self._index.last + 1
+        last = self._last_segment
+        if last.records_end > SEGMENT_HEADER_BYTES:
+            size_bytes = record_start(last.records_end) + RECORD_HEADER_BYTES + len(data)
+            if first < last.first_index or size_bytes > self._segment_bytes_max:
+                last = self._create_segment(first)
+        record = encode_record(hard_state, data)
         # One record for all, however large: of several, a crash could leave the later ones whole
         # and an earlier one not, which is how corruption looks.
-        assert len(record) <= _RECORD_BYTES_MAX, f"a batch of {len(record)} bytes"
-        sequence, offset = len(self._segments), _record_start(self._records_end)
-        _path, fd = self._segments[sequence]
-        end = offset + len(record)
-        zeros_end = self._zeros_end
-        if end > zeros_end:
-            zeros_end = max(end, min(end + -end % _ZEROS_BYTES, self._segment_bytes_max))
-            record += bytes(zeros_end - end)
+        assert len(record) <= RECORD_BYTES_MAX, f"a batch of {len(record)} bytes"
+        offset = record_start(last.records_end)
+        end, size_bytes = offset + len(record), last.size_bytes
+        if end > size_bytes:
+            size_bytes = max(end, min(end + -end % _ZEROS_BYTES, self._segment_bytes_max))
+            record += bytes(size_bytes - end)
         if self._disk.pwrite_durably is None:
-            self._write(fd, record, offset, self._disk.pwrite)
-            self._disk.fdatasync(fd)
+            self._write(last.fd, record, offset, self._disk.pwrite)
+            self._disk.fdatasync(last.fd)
         else:
-            self._write(fd, record, offset, self._disk.pwrite_durably)
+            self._write(last.fd, record, offset, self._disk.pwrite_durably)
         self._broken = False
 
-        self._records_end, self._zeros_end = end, zeros_end
-        self._take(hard_state or self._hard_state, entries, sequence, offset, end - offset)
+        last.records_end, last.size_bytes = end, size_bytes
+        self._take(hard_state or self._hard_state, entries, offset, end - offset)
+
+    def drop_before(self, index: int) -> int:
+        """Remove the segments that hold only entries before ``index``; the first index that is left.
+
+        The last segment stays. What the entries did has to be durable elsewhere by now.
+        """
+        self._begin_change()
+        # Before the files go: a reader gets IndexError from now on.
+        sequence = self._index.drop_before(index, self._last_sequence)
+        first = self._index.first
+        self._base_term = self._term_at(first - 1)
+        ends = [start for start, _term in self._term_runs[1:]] + [self._index.last + 1]
+        self._term_runs = [
+            (max(start, first), term)
+            for (start, term), end in zip(self._term_runs, ends, strict=False)
+            if end > first
+        ]
+        dropped = [number for number in self._segments if number < sequence]
+        self._remove([self._segments.pop(number).path for number in dropped])
+        self._broken = False
+        return first
+
+    def reset(self, index: int, term: int) -> None:
+        """Drop all entries and go on after ``index``, an entry of ``term`` in a state kept elsewhere.
+
+        A crash leaves the old log or the new one; the hard state is the same in both.
+        """
+        assert self.identity is not None, "a log belongs to a member before it says anything"
+        assert 0 <= term <= self._hard_state.term
+        self._begin_change()
+        older = list(self._segments)
+        self._begin(index + 1, term)
+        self._create_segment(index + 1, begins_anew=True)
+        # The new one is durable, and hides the others even if some of them stay.
+        self._remove([self._segments.pop(number).path for number in older])
+        self._broken = False
 
     def save_identity(self, identity: Identity) -> None:
         """Make the identity durable: the old one or the new one is found after a crash."""
@@ -523,7 +376,7 @@ class ReplicationLog:
         assert known is None or known.member_id == identity.member_id, "a directory has one member"
         path = self._directory / "identity.json"
         temporary = path.with_suffix(".json.tmp")
-        data = _encode_identity({"format_version": _FORMAT_VERSION, **identity._asdict()})
+        data = encode_identity({"format_version": FORMAT_VERSION, **identity._asdict()})
 
         self._begin_change()
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
@@ -532,7 +385,7 @@ class ReplicationLog:
             self._disk.fdatasync(fd)
         finally:
             os.close(fd)
-        temporary.rename(path)
+        self._disk.rename(temporary, path)
         self._sync_directory(self._directory)
         self._broken = False
         self.identity = identity
@@ -540,8 +393,6 @@ class ReplicationLog:
     def close(self) -> None:
         """Release files and lock, after the last reader is done. Nothing is left to be flushed."""
         self._broken = True
-        for _path, fd in self._segments.values():
-            os.close(fd)
         self._segments.clear()
         if self._lock_fd >= 0:
             os.close(self._lock_fd)
@@ -553,15 +404,18 @@ class ReplicationLog:
         """Entries from ``first``, at least one, at most ``last``, and no more than ``bytes_max``.
 
         Fewer may come; that is no sign of the end. Raises IndexError if the log does not hold all
-        of ``first`` to ``last``, CorruptLogError if the disk gives back something else.
+        of ``first`` to ``last`` (or no longer: they were dropped meanwhile), CorruptLogError if the
+        disk gives back something else.
         """
         entries: list[Entry] = []
         for run in self._index.runs(first, last, bytes_max):
-            path, fd = self._segments[run.sequence]
+            segment = self._segments.get(run.sequence)
+            if segment is None:
+                raise IndexError(f"entries {first} to {last} were dropped from the log")
             base = run.offsets[0]
-            buffer = os.pread(fd, run.end - base, base)
+            buffer = os.pread(segment.fd, run.end - base, base)
             for offset, bound in zip(run.offsets, run.bounds, strict=True):
-                batch = self._decode_batch(path, buffer, base, offset)
+                batch = self._decode_batch(segment.path, buffer, base, offset)
                 entries += batch[: bound - batch[0].index]
         entries = entries[first - entries[0].index :]
         assert entries[0].index == first
@@ -574,12 +428,30 @@ class ReplicationLog:
                 return entries[:count]
         return entries
 
+    @property
+    def first_index(self) -> int:
+        """The first entry that the log holds; last_index + 1 if it is empty."""
+        return self._index.first
+
+    @property
+    def last_index(self) -> int:
+        return self._index.last
+
+    @property
+    def size_bytes(self) -> int:
+        """What the log takes on the disk."""
+        return sum(segment.size_bytes for segment in list(self._segments.values()))
+
     def bytes_free(self) -> int:
         """How many bytes the directory's file system has left for this process."""
         status = os.statvfs(self._directory)
         return status.f_bavail * status.f_frsize
 
     # ---- Caller is the owner: what a batch may be, and what it changes ----
+
+    @property
+    def _last_segment(self) -> _Segment:
+        return self._segments[self._last_sequence]
 
     def _flaw(self, hard_state: HardState, entries: Sequence[Entry]) -> str | None:
         """What forbids this batch to be the next; None if nothing does."""
@@ -606,21 +478,22 @@ class ReplicationLog:
         return None
 
     def _term_at(self, index: int) -> int:
-        """The term of an entry in the log; 0 before the first."""
+        """The term of an entry in the log, or of the one before the first."""
         for first, term in reversed(self._term_runs):
             if first <= index:
                 return term
-        return 0
+        return self._base_term
+
+    def _begin(self, first: int, base_term: int) -> None:
+        """Hold nothing, and expect the entry ``first`` next."""
+        self._index.reset(first)
+        self._term_runs.clear()
+        self._base_term = base_term
 
     def _take(
-        self,
-        hard_state: HardState,
-        entries: Sequence[Entry],
-        sequence: int,
-        offset: int,
-        size_bytes: int,
+        self, hard_state: HardState, entries: Sequence[Entry], offset: int, size_bytes: int
     ) -> None:
-        """Count a batch in that is on the disk."""
+        """Count a batch in that is on the disk, in the last segment."""
         self._hard_state = hard_state
         if not entries:
             return
@@ -630,21 +503,22 @@ class ReplicationLog:
         for entry in entries:
             if not runs or entry.term != runs[-1][1]:
                 runs.append((entry.index, entry.term))
-        self._index.add(entries[0].index, entries[-1].index, sequence, offset, size_bytes)
+        first, last = entries[0].index, entries[-1].index
+        self._index.add(first, last, self._last_sequence, offset, size_bytes)
 
     @staticmethod
     def _decode_batch(path: Path, buffer: bytes, base: int, offset: int) -> list[Entry]:
         """The entries of the record at ``offset``; ``buffer`` holds the file from ``base``."""
         at = offset - base
         try:
-            header = _decode_record_header(buffer, at)
+            header = decode_record_header(buffer, at)
             if header is None:
                 raise ValueError("a record's header has a wrong checksum")
             length, kind, payload_crc = header
-            payload = buffer[at + _RECORD_HEADER_BYTES : at + _RECORD_HEADER_BYTES + length]
+            payload = buffer[at + RECORD_HEADER_BYTES : at + RECORD_HEADER_BYTES + length]
             if crc32(payload) != payload_crc:
                 raise ValueError("a record has a wrong checksum")
-            return _decode_payload(kind, payload)[1]
+            return decode_payload(kind, payload)[1]
         except (ValueError, struct.error) as error:
             raise CorruptLogError(path, offset, str(error)) from error
 
@@ -663,18 +537,30 @@ class ReplicationLog:
         while written < len(data):  # a short write: the disk may be full, the next one will tell
             written += pwrite(fd, data[written:], offset + written)
 
-    def _create_segment(self, sequence: int) -> None:
+    def _create_segment(self, first: int, *, begins_anew: bool = False) -> _Segment:
         """Begin a new last segment, durable under its name before any record is in it."""
-        first = self._index.last + 1
+        sequence = self._last_sequence + 1
+        base_term = self._term_at(first - 1)
+        header = SegmentHeader(sequence, begins_anew, first, base_term, self._hard_state)
         path = self._directory / f"log-{sequence:08x}-{first:016x}.seg"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        # A reader may look at the same time: assigning to a dict is atomic.
-        self._segments[sequence] = path, fd
-        header = _encode_segment_header(sequence, first, self._term_at(first - 1))
-        self._write(fd, header, 0, self._disk.pwrite)
+        segment = _Segment(path, fd, first)
+        # No zeros behind it yet: a longer file was in use, whatever it holds (see is_cut_short).
+        self._write(fd, encode_segment_header(header), 0, self._disk.pwrite)
         self._disk.fdatasync(fd)
         self._sync_directory(self._directory)
-        self._records_end = self._zeros_end = _SEGMENT_HEADER_BYTES
+        self._segments[sequence] = segment
+        self._last_sequence = sequence
+        return segment
+
+    def _remove(self, paths: Sequence[Path]) -> None:
+        """Remove segments, oldest first, each for good before the next: no gap is ever left."""
+        for path in paths:
+            copy = _copy_of_torn(path)
+            if copy.exists():
+                self._disk.unlink(copy)
+            self._disk.unlink(path)
+            self._sync_directory(self._directory)
 
     def _sync_directory(self, directory: Path) -> None:
         """Make names durable that were created, renamed or removed (raft-traps T7)."""
@@ -711,21 +597,25 @@ class ReplicationLog:
     def _recover(self, tail_bytes_max: int) -> Recovered:
         """Read everything, check everything, and leave the last segment ready for more."""
         self._load_identity()
-        paths = self._segment_paths()
+        headers, hidden = self._open_segments()
         memberships: list[tuple[int, Membership]] = []
-        for sequence, path in enumerate(paths, 1):
-            is_last = sequence == len(paths)
-            fd = os.open(path, os.O_RDWR)
-            self._segments[sequence] = path, fd
-            if self._open_segment(sequence, is_last):
-                self._replay(sequence, is_last, memberships)
-        if not self._segments:
+        for header in headers:
+            self._enter_segment(header)
+            self._replay(header is headers[-1], memberships)
+        if not headers:
             # Created before the identity is saved: an identity without a log is a log that is lost.
             self._create_segment(1)
+        elif len(headers) > 1 and self._last_segment.records_end == SEGMENT_HEADER_BYTES:
+            # A crash came between its creation and its first record. To use it might be wrong: if
+            # it was to hold a replacement, it begins further back than the next record does.
+            self._disk.unlink(self._segments.pop(self._last_sequence).path)
+            self._last_sequence -= 1
         self._sync_directory(self._directory)  # a crash may have come just before the last sync
+        self._remove(hidden)
         return Recovered(
             self._hard_state,
             self._index.first,
+            self._base_term,
             self._index.last,
             tuple(self._term_runs),
             tuple(memberships),
@@ -735,63 +625,71 @@ class ReplicationLog:
     def _load_identity(self) -> None:
         path = self._directory / "identity.json"
         try:
-            self.identity = _decode_identity(path, path.read_bytes())
+            self.identity = decode_identity(path, path.read_bytes())
         except FileNotFoundError:
             self.identity = None
 
-    def _segment_paths(self) -> list[Path]:
-        """The segments in their order. Raises CorruptLogError if one is missing."""
+    def _open_segments(self) -> tuple[list[SegmentHeader], list[Path]]:
+        """Open the segments that count; their headers, and the older ones that a reset hid."""
         paths = sorted(self._directory.glob("log-*.seg"))
-        for sequence, path in enumerate(paths, 1):
-            if not path.name.startswith(f"log-{sequence:08x}-"):
-                raise CorruptLogError(path, 0, f"the segment of sequence {sequence} is missing")
         if self.identity is not None and not paths:
             raise CorruptLogError(self._directory, 0, "the log of this member is missing")
-        return paths
-
-    def _open_segment(self, sequence: int, is_last: bool) -> bool:
-        """Check a segment's header. False: a crash cut its creation short, and it was removed."""
-        path, fd = self._segments[sequence]
-        data = os.pread(fd, _SECTOR_BYTES, 0)
         # The first one was durable before the identity was: then it cannot have been cut short.
-        may_be_torn = is_last and (sequence > 1 or self.identity is None)
-        if may_be_torn and (
-            len(data) < _SEGMENT_HEADER_BYTES
-            or (len(data) == _SEGMENT_HEADER_BYTES and _is_zero(data))
-        ):
-            log.warning("removed a segment whose creation was cut short path=%s", path)
-            os.close(fd)
-            del self._segments[sequence]
-            path.unlink()
-            return False
-        number, first, base_term = _decode_segment_header(path, data)
-        named = _SEGMENT_NAME.fullmatch(path.name)
-        if named is None or (number, first) != tuple(int(group, 16) for group in named.groups()):
-            raise CorruptLogError(path, 0, "the segment has another's name")
-        if first != self._index.last + 1:
-            reason = f"it continues at entry {first} a log that ends at {self._index.last}"
-            raise CorruptLogError(path, 0, reason)
-        if base_term != self._term_at(first - 1):
-            reason = f"it continues after term {base_term} a log that ends in another"
-            raise CorruptLogError(path, 0, reason)
-        return True
+        if (len(paths) > 1 or (paths and self.identity is None)) and is_cut_short(paths[-1]):
+            log.warning("removed a segment whose creation was cut short path=%s", paths[-1])
+            self._disk.unlink(paths.pop())
 
-    def _replay(
-        self, sequence: int, is_last: bool, memberships: list[tuple[int, Membership]]
-    ) -> None:
+        headers: list[SegmentHeader] = []
+        while paths and not (headers and headers[0].begins_anew):
+            path = paths.pop()
+            with path.open("rb") as file:
+                header = decode_segment_header(path, file.read(SECTOR_BYTES))
+            if headers and header.sequence != headers[0].sequence - 1:
+                reason = f"the segment of sequence {headers[0].sequence - 1} is missing"
+                raise CorruptLogError(path, 0, reason)
+            headers.insert(0, header)
+            fd = os.open(path, os.O_RDWR)
+            self._segments[header.sequence] = _Segment(path, fd, header.first_index)
+        self._segments = dict(sorted(self._segments.items()))
+        return headers, paths
+
+    def _enter_segment(self, header: SegmentHeader) -> None:
+        """Make the segment the last one, if it continues what those before it hold."""
+        _sequence, _begins_anew, first, base_term, hard_state = header
+        path = self._segments[header.sequence].path
+        # One that begins before all entries that are left replaced them, and what it follows was
+        # dropped.
+        if self._last_sequence == 0 or first < self._index.first:
+            self._begin(first, base_term)
+        if self._last_sequence == 0:
+            self._hard_state = hard_state
+        self._last_sequence = header.sequence
+        if self.identity is None and hard_state.term > 0:
+            raise CorruptLogError(self._directory / "identity.json", 0, "the identity is missing")
+        reason = None
+        if first > self._index.last + 1:
+            reason = f"it continues at entry {first} a log that ends at {self._index.last}"
+        elif base_term != self._term_at(first - 1):
+            reason = f"it continues after term {base_term} a log that has another there"
+        elif hard_state != self._hard_state:
+            reason = f"it continues under {hard_state} a log that ends under {self._hard_state}"
+        if reason is not None:
+            raise CorruptLogError(path, 0, reason)
+
+    def _replay(self, is_last: bool, memberships: list[tuple[int, Membership]]) -> None:
         """Count in what a segment holds, cut a torn tail off the last one, and sync it."""
-        path, fd = self._segments[sequence]
-        size_bytes = os.fstat(fd).st_size
-        offset, end = 0, _SEGMENT_HEADER_BYTES
+        segment = self._last_segment
+        path, fd = segment.path, segment.fd
+        offset, end = 0, SEGMENT_HEADER_BYTES
         try:
-            for offset, record_bytes, kind, payload in _scan(path, fd, size_bytes):
-                self._replay_record(sequence, offset, kind, payload, memberships)
+            for offset, record_bytes, kind, payload in scan(path, fd, os.fstat(fd).st_size):
+                self._replay_record(path, offset, kind, payload, memberships)
                 end = offset + record_bytes
-        except _TornRecordError as torn:
+        except TornRecordError as torn:
             if not is_last:
                 raise CorruptLogError(path, torn.offset, str(torn)) from torn
             self._cut_torn_tail(path, fd, torn.offset)
-        self._records_end, self._zeros_end = end, os.fstat(fd).st_size
+        segment.records_end, segment.size_bytes = end, os.fstat(fd).st_size
         if is_last:
             # A sync that failed before the restart may have left the last record marked clean in
             # the page cache and nowhere else. Written again, it is what the next sync writes
@@ -802,15 +700,14 @@ class ReplicationLog:
 
     def _replay_record(
         self,
-        sequence: int,
+        path: Path,
         offset: int,
         kind: int,
         payload: bytes,
         memberships: list[tuple[int, Membership]],
     ) -> None:
-        path, _fd = self._segments[sequence]
         try:
-            hard_state, entries = _decode_payload(kind, payload)
+            hard_state, entries = decode_payload(kind, payload)
             hard_state = hard_state or self._hard_state
             flaw = self._flaw(hard_state, entries)
             if flaw is not None:
@@ -827,7 +724,7 @@ class ReplicationLog:
             raise CorruptLogError(path, offset, str(error)) from error
         if self.identity is None:
             raise CorruptLogError(self._directory / "identity.json", 0, "the identity is missing")
-        self._take(hard_state, entries, sequence, offset, _RECORD_HEADER_BYTES + len(payload))
+        self._take(hard_state, entries, offset, RECORD_HEADER_BYTES + len(payload))
 
     def _cut_torn_tail(self, path: Path, fd: int, offset: int) -> None:
         """Cut the last segment at ``offset``, once a copy of what is cut is safe.
@@ -836,7 +733,7 @@ class ReplicationLog:
         the rest of the torn one behind itself.
         """
         torn = os.pread(fd, os.fstat(fd).st_size - offset, offset).rstrip(b"\0")
-        copy = path.with_suffix(".seg.torn")
+        copy = _copy_of_torn(path)
         log.warning(
             "cut a torn tail path=%s offset=%d bytes=%d copy=%s", path, offset, len(torn), copy
         )
@@ -845,12 +742,12 @@ class ReplicationLog:
             file.flush()
             self._disk.fdatasync(file.fileno())
         self._sync_directory(self._directory)
-        os.ftruncate(fd, offset)
+        self._disk.ftruncate(fd, offset)
         self._disk.fsync(fd)
 
     def _read_tail(self, bytes_max: int) -> tuple[Entry, ...]:
         """The last entries, at most ``bytes_max`` of them."""
-        if self._index.last == 0 or bytes_max == 0:
+        if self._index.last < self._index.first or bytes_max == 0:
             return ()
         start = self._index.tail_start(bytes_max)
         entries = self.read(start, self._index.last, sys.maxsize)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -60,3 +61,12 @@ def leaves_nothing_running(tmp_path_factory: pytest.TempPathFactory) -> Iterator
         if isinstance(one, psutil.Process):
             one.kill()  # by pid and creation time: psutil checks both
     assert not left, f"left running: {left}"
+
+
+@pytest.fixture
+def restless_threads() -> Iterator[None]:
+    """Let threads take turns so often that they meet inside of what should be one step."""
+    interval_s = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(interval_s)

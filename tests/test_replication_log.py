@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import threading
 import tracemalloc
 from collections.abc import Iterator
@@ -16,19 +15,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
-from hypothesis import strategies as st
-from hypothesis.stateful import (
-    RuleBasedStateMachine,
-    invariant,
-    precondition,
-    rule,
-    run_state_machine_as_test,
-)
 
 import replication_log
+import replication_log_format
 from raft_types import ENTRY_OVERHEAD_BYTES, Entry, EntryKind, HardState, Member, Membership
-from replication_log import CorruptLogError, DataDirLockedError, Disk, Recovered, ReplicationLog
+from replication_log import Disk, Recovered, ReplicationLog
+from replication_log_format import CorruptLogError, DataDirLockedError
 from tests.log_files import (
     IDENTITY,
     VOTE,
@@ -51,7 +43,7 @@ def test_open_when_directory_is_new_then_log_is_empty(tmp_path: Path) -> None:
     """An empty directory is a member that never voted and has no name yet (raft-traps T12)."""
     with closing(ReplicationLog(tmp_path / "data" / "node1", fsync=False)) as log:
         assert log.identity is None
-        assert log.recovered == Recovered(HardState(0, None), 1, 0, (), (), ())
+        assert log.recovered == Recovered(HardState(0, None), 1, 0, 0, (), (), ())
         with pytest.raises(IndexError):
             log.read(1, 1, 1000)
 
@@ -78,6 +70,7 @@ def test_open_when_batches_were_appended_then_all_are_back(tmp_path: Path) -> No
     assert recovered == Recovered(
         hard_state=HardState(3, None),
         first_index=1,
+        base_term=0,
         last_index=4,
         term_runs=((1, 1), (3, 2), (4, 3)),
         memberships=((4, members),),
@@ -171,17 +164,6 @@ def test_append_when_a_batch_is_longer_than_a_segment_then_it_has_one_of_its_own
 
     assert len(segments(tmp_path)) == 3
     assert recover(tmp_path).tail == tuple(entries(1, 42))
-
-
-def test_append_when_a_segment_is_begun_then_it_repeats_the_hard_state(tmp_path: Path) -> None:
-    """The hard state is found without the segments before, which can so be dropped one day."""
-    write_log(tmp_path, *([item] for item in entries(1, 40)), segment_bytes_max=300)
-
-    for path in segments(tmp_path):
-        with path.open("rb") as file:
-            scan = replication_log._scan(path, file.fileno(), path.stat().st_size)
-            _offset, _size, kind, payload = next(scan)
-        assert replication_log._decode_payload(kind, payload)[0] == VOTE
 
 
 def test_append_when_replacing_across_segments_then_order_of_writing_counts(
@@ -291,15 +273,6 @@ def test_read_when_the_disk_gives_back_something_else_then_corrupt(tmp_path: Pat
                 log.read(1, 3, 1000)
             flip(segment, offset)
         assert log.read(1, 3, 1000) == entries(1, 3)
-
-
-@pytest.fixture
-def restless_threads() -> Iterator[None]:
-    """Let threads take turns so often that they meet inside of what should be one step."""
-    interval_s = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(interval_s)
 
 
 @pytest.mark.slow
@@ -468,7 +441,7 @@ def test_append_when_a_header_would_cross_a_sector_then_the_record_begins_behind
     write_log(tmp_path, *batches)
     segment = segments(tmp_path)[0]
     with segment.open("rb") as file:
-        found = list(replication_log._scan(segment, file.fileno(), segment.stat().st_size))
+        found = list(replication_log_format.scan(segment, file.fileno(), segment.stat().st_size))
     starts = [offset for offset, _size, _kind, _payload in found]
 
     assert all(start // 512 == (start + 15) // 512 for start in starts)
@@ -484,7 +457,7 @@ def test_append_when_fsync_is_off_then_nothing_is_synced(tmp_path: Path) -> None
         for item in entries(1, 10):
             log.append(VOTE, [item])
 
-    assert {call for call, _name in watched.calls} == {"pwrite"}
+    assert {call for call, _name in watched.calls} == {"pwrite", "rename"}
 
 
 def test_append_when_a_segment_is_begun_then_it_is_durable_before_its_first_record(
@@ -523,7 +496,12 @@ def test_save_identity_when_it_returns_then_file_and_name_were_synced(tmp_path: 
         log.save_identity(IDENTITY)
 
     temporary = "identity.json.tmp"
-    assert watched.take() == [("pwrite", temporary), ("fdatasync", temporary), ("fsync", "node1")]
+    assert watched.take() == [
+        ("pwrite", temporary),
+        ("fdatasync", temporary),
+        ("rename", "identity.json"),
+        ("fsync", "node1"),
+    ]
 
 
 def test_open_when_a_log_is_there_then_its_end_is_written_again_and_synced(tmp_path: Path) -> None:
@@ -691,197 +669,8 @@ def test_open_when_records_are_longer_than_a_piece_then_they_are_read_whole(
 ) -> None:
     """A recovery reads in pieces; where their borders fall makes no difference."""
     write_log(tmp_path, entries(1, 40), [entry(41)], entries(42, 43), [entry(44, data=b"x" * 3000)])
-    monkeypatch.setattr(replication_log, "_READ_BYTES", read_bytes)
+    monkeypatch.setattr(replication_log_format, "_READ_BYTES", read_bytes)
 
     recovered = recover(tmp_path)
     assert recovered.tail[:-1] == tuple(entries(1, 43))
     assert recovered.last_index == 44
-
-
-# ---- Against a model ---------------------------------------------------------------------------
-
-
-class PowerLossDisk:
-    """A disk that knows what would survive a power loss, and can lose the rest."""
-
-    def __init__(self) -> None:
-        self._synced: dict[Path, bytes] = {}  # a file's content at its last sync
-        self._names: set[Path] = set()  # that are in a synced directory
-        self.syncs_left = sys.maxsize  # until the power fails, within a sync
-
-    def disk(self) -> Disk:
-        return Disk(os.pwrite, self._fdatasync, self._fsync)
-
-    def _path(self, fd: int) -> Path:
-        if self.syncs_left == 0:
-            raise OSError(errno.EIO, "power failure")
-        self.syncs_left -= 1
-        return Path(os.readlink(f"/proc/self/fd/{fd}"))
-
-    def _fdatasync(self, fd: int) -> None:
-        path = self._path(fd)
-        self._synced[path] = path.read_bytes()
-
-    def _fsync(self, fd: int) -> None:
-        path = self._path(fd)
-        if path.is_dir():
-            self._names.update(segments(path))
-        else:
-            self._synced[path] = path.read_bytes()
-
-    def lose_power(self, directory: Path, fate: st.DataObject) -> None:
-        """Take away sectors and lengths that were not synced, and names that were not."""
-        self.syncs_left = sys.maxsize
-        for path in segments(directory):
-            if path not in self._names and fate.draw(st.booleans()):
-                path.unlink()
-                continue
-            synced, written = self._synced.get(path, b""), path.read_bytes()
-            if synced == written:
-                continue
-            lengths = sorted((len(synced), len(written)))
-            survivor = bytearray(synced.ljust(len(written), b"\0"))
-            for sector in range(0, len(written), 512):
-                if fate.draw(st.booleans()):
-                    survivor[sector : sector + 512] = written[sector : sector + 512]
-            path.write_bytes(survivor[: fate.draw(st.integers(*lengths))])
-
-
-class LogMachine(RuleBasedStateMachine):
-    """The log beside a plain list; whatever happens, both hold the same."""
-
-    segment_bytes_max = 400
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.temporary = tempfile.TemporaryDirectory()
-        self.directory = Path(self.temporary.name)
-        self.power = PowerLossDisk()
-        self.hard_state = HardState(0, None)
-        self.model: list[Entry] = []
-        self.log = self._open()
-        self.log.save_identity(IDENTITY)
-
-    def _open(self) -> ReplicationLog:
-        return ReplicationLog(
-            self.directory,
-            segment_bytes_max=self.segment_bytes_max,
-            tail_bytes_max=200,
-            disk=self.power.disk(),
-        )
-
-    def _batch(self, back: int, count: int, step: int, size: int) -> tuple[HardState, list[Entry]]:
-        """A hard state and entries that replace the last ``back`` ones."""
-        kept = self.model[: max(0, len(self.model) - back)]
-        term = self.hard_state.term + step
-        hard_state = HardState(term, None) if step else self.hard_state
-        if term == 0:
-            return HardState(0, None), []
-        first = len(kept) + 1
-        data = bytes(size) + b"%d" % term
-        return hard_state, [entry(index, term, data) for index in range(first, first + count)]
-
-    def _after(self, hard_state: HardState, batch: list[Entry]) -> list[Entry]:
-        return [*self.model[: batch[0].index - 1], *batch] if batch else list(self.model)
-
-    @rule(
-        back=st.integers(0, 8),
-        count=st.integers(0, 5),
-        step=st.integers(0, 2),
-        size=st.sampled_from([0, 10, 700]),
-        repeat=st.booleans(),
-    )
-    def append(self, back: int, count: int, step: int, size: int, repeat: bool) -> None:
-        hard_state, batch = self._batch(back, count, step, size)
-        changed = hard_state != self.hard_state or repeat
-        self.log.append(hard_state if changed else None, batch)
-        self.model = self._after(hard_state, batch)
-        self.hard_state = hard_state
-
-    @precondition(lambda self: self.hard_state.term > 0)
-    @rule()
-    def vote(self) -> None:
-        self.hard_state = HardState(self.hard_state.term, IDENTITY.member_id)
-        self.log.append(self.hard_state, [])
-
-    @rule()
-    def reopen(self) -> None:
-        self.log.close()
-        self.log = self._open()
-        assert self.log.identity == IDENTITY
-        self._check_recovered()
-
-    @rule(
-        fate=st.data(),
-        back=st.integers(0, 8),
-        count=st.integers(1, 5),
-        size=st.sampled_from([0, 10, 700]),
-        syncs=st.integers(0, 3),
-    )
-    def lose_power(self, fate: st.DataObject, back: int, count: int, size: int, syncs: int) -> None:
-        """What was acknowledged is there; of what was being written all, or nothing."""
-        before = self.hard_state, self.model
-        hard_state, batch = self._batch(back, count, 1, size)
-        self.power.syncs_left = syncs
-        try:
-            self.log.append(hard_state, batch)
-            before = hard_state, self._after(hard_state, batch)
-        except OSError:
-            pass
-        self.log.close()
-        self.power.lose_power(self.directory, fate)
-        self.log = self._open()
-        if self.log.recovered.hard_state == hard_state:
-            self.hard_state, self.model = hard_state, self._after(hard_state, batch)
-        else:
-            self.hard_state, self.model = before
-        self._check_recovered()
-
-    def _check_recovered(self) -> None:
-        recovered = self.log.recovered
-        runs: list[tuple[int, int]] = []
-        for item in self.model:
-            if not runs or runs[-1][1] != item.term:
-                runs.append((item.index, item.term))
-        assert recovered.hard_state == self.hard_state
-        assert recovered.last_index == len(self.model)
-        assert recovered.term_runs == tuple(runs)
-        count = len(recovered.tail)
-        assert list(recovered.tail) == self.model[len(self.model) - count :]
-        tail_bytes = [ENTRY_OVERHEAD_BYTES + len(item.data) for item in self.model[::-1]]
-        assert sum(tail_bytes[:count]) <= 200
-        assert count > 0 or not self.model or tail_bytes[0] > 200
-
-    @rule(fate=st.data(), bytes_max=st.sampled_from([0, 60, 300, 1 << 20]))
-    @precondition(lambda self: self.model)
-    def read(self, fate: st.DataObject, bytes_max: int) -> None:
-        first = fate.draw(st.integers(1, len(self.model)))
-        last = fate.draw(st.integers(first, len(self.model)))
-        found = self.log.read(first, last, bytes_max)
-        assert found
-        assert found == self.model[first - 1 : last][: len(found)]
-        assert len(found) == 1 or bytes_max >= sum(
-            ENTRY_OVERHEAD_BYTES + len(item.data) for item in found
-        )
-
-    @invariant()
-    def everything_is_there(self) -> None:
-        if self.model:
-            assert self.log.read(1, len(self.model), 1 << 30) == self.model
-
-    def teardown(self) -> None:
-        self.log.close()
-        self.temporary.cleanup()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("segment_bytes_max", [400, 4000])
-def test_log_when_used_in_any_way_then_it_equals_a_plain_list(
-    segment_bytes_max: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Appends, replacements, restarts and power losses in any order (hypothesis prints them)."""
-    monkeypatch.setattr(LogMachine, "segment_bytes_max", segment_bytes_max)
-    monkeypatch.setattr(replication_log, "_ZEROS_BYTES", 1500)
-    run_state_machine_as_test(
-        LogMachine, settings=settings(max_examples=60, stateful_step_count=30, deadline=None)
-    )

@@ -30,6 +30,7 @@ LAYERS = {
         "kv_metrics",
         "raft_frames",
         "raft_log",
+        "replication_log_format",
     ),
     3: (
         "kv_store",
@@ -69,6 +70,7 @@ SERVER_MODULES = {
     "raft_status",
     "raft_transport",
     "replication_log",
+    "replication_log_format",
     "state_db",
 }
 TOOLS = ("cluster_manager", "cluster_nodes", "example_client")
