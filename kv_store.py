@@ -9,21 +9,27 @@ Rule 3: a read deletes nothing and never calls a key expired by itself. It raise
 reader was told stays true on every later primary, whatever its clock says (promise G5).
 Rule 4: what changes nothing leaves version and hash alone. What changes a key gives it the log
 index as its version, be it the value or the deadline that changed.
+Rule 5: what a flush hands out is the state at its begin, whatever is applied while it runs: a row
+that changes before it was handed out is kept aside as it was.
 
 No lock of its own: everything runs under the caller's store lock, ``apply`` and ``skip`` on
 raft-applier, ``read`` on client threads. One-key reads too: a reader that got in between the keys
 of an MSET would see half of an entry.
-Read on in ``kv_commands.py`` for the syntax of the commands, and in ``raft_node.py`` for the caller.
+Read on in ``kv_commands.py`` for the syntax of the commands, in ``raft_node.py`` for the caller,
+and in ``state_db.py`` for where a flush goes.
 """
 
 from __future__ import annotations
 
 import heapq
 import struct
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from enum import StrEnum
+from functools import partial
 from hashlib import blake2b
 from itertools import islice
-from typing import Final
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from kv_commands import (
     INT64_MAX,
@@ -55,6 +61,9 @@ EXPIRED_PAIRS_MAX: Final = 1000
 RECORD_OVERHEAD_BYTES: Final = 240
 # The same for a deadline: an int, its share of a second dict, and a tuple in the heap.
 DEADLINE_OVERHEAD_BYTES: Final = 165
+
+# What a flush hands out under one hold of the store lock: about 0.3 ms worth.
+FLUSH_ROWS_MAX: Final = 500
 
 _NO_DEADLINE: Final = 0  # a stored deadline is later than some stamp, so never 0
 _HEAP_SLACK: Final = 1000
@@ -93,6 +102,151 @@ def _record_hash(key: bytes, value: bytes, version: int, deadline_ms: int) -> in
     return number
 
 
+# ---- The state as rows, for the disk -----------------------------------------------------------
+
+KeyRow = tuple[bytes, int, int, bytes]  # key, version, deadline in ms (0: none), value
+SessionRow = tuple[int, bytes]  # session id, what is known of the session
+
+
+class Table(StrEnum):
+    """The kinds of rows."""
+
+    KEY = "key"
+    SESSION = "session"
+
+
+class Slice(NamedTuple):
+    """Rows to put in place of those with the same key, and keys whose rows are to be deleted."""
+
+    table: Table
+    rows: Sequence[KeyRow | SessionRow]
+    gone: Sequence[bytes | int]
+    clear: bool = False  # first, all rows of the table go
+
+
+_K = TypeVar("_K", bound=bytes | int)
+
+
+class _TableFlush(Generic[_K]):
+    """What a flush has to say of one table; ``row`` gives a key's row as it is, None if it is gone."""
+
+    def __init__(
+        self,
+        table: Table,
+        keys: dict[_K, None],
+        clear: bool,
+        row: Callable[[_K], KeyRow | SessionRow | None],
+    ) -> None:
+        self.table = table
+        self.keys = keys  # never changed while the flush runs
+        self.clear = clear
+        self._row = row
+        self._left = iter(keys)
+        # Rows of ``keys`` as they were before they changed during this flush. A key that was taken
+        # before gets one too, which nobody reads: to tell would cost more.
+        self._kept: dict[_K, KeyRow | SessionRow | None] = {}
+
+    def keep(self, key: _K) -> None:
+        """The row of ``key`` is about to change."""
+        if key in self.keys and key not in self._kept:
+            self._kept[key] = self._row(key)
+
+    def take(self, count: int) -> Slice | None:
+        """The next rows; None after the last."""
+        kept, read = self._kept, self._row
+        rows, gone = [], []
+        for key in islice(self._left, count):
+            row = kept[key] if key in kept else read(key)
+            if row is None:
+                gone.append(key)
+            else:
+                rows.append(row)
+        return Slice(self.table, rows, gone) if rows or gone else None
+
+
+class _Changes(Generic[_K]):
+    """Which rows of one table have changed since the last flush began."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+        # As a set in the order of changes: keys and values made one after the other lie side by
+        # side in memory, so a flush in this order takes half the time.
+        self._keys: dict[_K, None] = {}
+        self._cleared = False  # all rows went; ``_keys`` counts from there
+        self._flush: _TableFlush[_K] | None = None
+
+    def touch(self, key: _K) -> None:
+        """The row of ``key`` is about to change."""
+        if self._flush is not None:
+            self._flush.keep(key)
+        self._keys[key] = None
+
+    def clear(self) -> None:
+        """All rows have gone; a flush under way has them still."""
+        self._keys = {}
+        self._cleared = True
+
+    def begin(self, row: Callable[[_K], KeyRow | SessionRow | None]) -> _TableFlush[_K]:
+        """What has changed, to be handed out; from here on changes are counted anew."""
+        self._flush = flush = _TableFlush(self._table, self._keys, self._cleared, row)
+        self._keys = {}
+        self._cleared = False
+        return flush
+
+    def end(self, flush: _TableFlush[_K], saved: bool) -> None:
+        """``flush`` is over; if it was not saved, what it had to say is to be said again."""
+        self._flush = None
+        if saved or self._cleared:  # cleared since: what was before is no news any more
+            return
+        self._cleared = flush.clear
+        # The fewer are added to the more: a million at once would hold the lock for a while.
+        small, large = sorted((self._keys, flush.keys), key=len)
+        large.update(small)
+        self._keys = large
+
+
+class Flush:
+    """The rows that have changed since the last flush, as they were when this one began."""
+
+    def __init__(self, store: KeyValueStore, keys: _TableFlush[bytes]) -> None:
+        self.applied_index = store.applied_index
+        self.last_stamp_ms = store.last_stamp_ms
+        self.state_hash = store.state_hash
+        self.key_count = len(store)
+        self.keys = keys
+
+    def slices(
+        self, lock: AbstractContextManager[object], rows_max: int = FLUSH_ROWS_MAX
+    ) -> Iterator[Slice]:
+        """All rows, a table after the other, each slice taken under ``lock`` (the store lock)."""
+        yield from _slices(self.keys, lock, rows_max)
+
+
+def _slices(
+    table: _TableFlush[_K], lock: AbstractContextManager[object], rows_max: int
+) -> Iterator[Slice]:
+    if table.clear:
+        yield Slice(table.table, (), (), clear=True)
+    while True:
+        with lock:
+            part = table.take(rows_max)
+        if part is None:
+            return
+        yield part
+
+
+def _key_row(
+    records: dict[bytes, _Record], deadlines: dict[bytes, int], key: bytes
+) -> KeyRow | None:
+    record = records.get(key)
+    if record is None:
+        return None
+    return key, record[1], deadlines.get(key, _NO_DEADLINE), record[0]
+
+
+# ---- The state machine -------------------------------------------------------------------------
+
+
 class KeyValueStore:
     """The state machine: ``apply`` the log's commands in order, ``read`` what they made.
 
@@ -113,6 +267,9 @@ class KeyValueStore:
         self._heap: list[tuple[int, bytes]] = []
         # state_hash after the entry ``index``, in slot index % HISTORY_ENTRIES.
         self._history = [0] * HISTORY_ENTRIES
+        self._history_first = 0  # what was before is not known
+        self._changes: _Changes[bytes] = _Changes(Table.KEY)
+        self._flush: Flush | None = None
         self._writes: dict[bytes, _Write] = {
             b"SET": self._set,
             b"SETNX": self._setnx,
@@ -194,7 +351,8 @@ class KeyValueStore:
 
     def hash_at(self, index: int) -> int | None:
         """``state_hash`` after entry ``index``; None if not applied yet, or too long ago."""
-        if max(0, self.applied_index - HISTORY_ENTRIES + 1) <= index <= self.applied_index:
+        first = max(self._history_first, self.applied_index - HISTORY_ENTRIES + 1)
+        if first <= index <= self.applied_index:
             return self._history[index % HISTORY_ENTRIES]
         return None
 
@@ -208,6 +366,53 @@ class KeyValueStore:
             )
             & _HASH_MASK
         )
+
+    # ---- To the disk and back ----
+
+    def begin_flush(self) -> Flush:
+        """The state as it is now, less what was in it at the last flush that was saved.
+
+        Takes no longer for more keys. One flush at a time: it lasts until ``end_flush``.
+        """
+        assert self._flush is None, "a flush is under way"
+        row = partial(_key_row, self._records, self._deadlines)
+        self._flush = Flush(self, self._changes.begin(row))
+        return self._flush
+
+    def end_flush(self, *, saved: bool) -> None:
+        """The flush is over. What was not saved is part of the next one."""
+        assert self._flush is not None
+        self._changes.end(self._flush.keys, saved)
+        self._flush = None
+
+    @classmethod
+    def load(cls, applied_index: int, last_stamp_ms: int, keys: Iterable[KeyRow]) -> KeyValueStore:
+        """The state that flushes up to ``applied_index`` have saved.
+
+        Compare its ``state_hash``, which is made anew, with what the flush had. Raises TypeError,
+        ValueError or struct.error for rows that no flush hands out.
+        """
+        store = cls()
+        records, deadlines = store._records, store._deadlines
+        state_hash = memory_bytes = 0
+        for key, version, deadline_ms, value in keys:
+            records[key] = (value, version)
+            if deadline_ms != _NO_DEADLINE:
+                deadlines[key] = deadline_ms
+            state_hash += _record_hash(key, value, version, deadline_ms)
+            memory_bytes += len(key) + len(value)
+        store.applied_index = store._history_first = applied_index
+        store.last_stamp_ms = last_stamp_ms
+        store.state_hash = state_hash & _HASH_MASK
+        store.memory_bytes = (
+            memory_bytes
+            + len(records) * RECORD_OVERHEAD_BYTES
+            + len(deadlines) * DEADLINE_OVERHEAD_BYTES
+        )
+        store._heap = [(deadline_ms, key) for key, deadline_ms in deadlines.items()]
+        heapq.heapify(store._heap)
+        store._history[applied_index % HISTORY_ENTRIES] = store.state_hash
+        return store
 
     # ---- Reads and expiry ----
 
@@ -246,6 +451,7 @@ class KeyValueStore:
         return self._records.get(key)
 
     def _put(self, key: bytes, value: bytes, version: int, deadline_ms: int = _NO_DEADLINE) -> None:
+        self._changes.touch(key)
         change = _record_hash(key, value, version, deadline_ms)
         record = self._records.get(key)
         if record is None:
@@ -266,6 +472,7 @@ class KeyValueStore:
 
     def _drop(self, key: bytes) -> None:
         """Deletes a key that is there."""
+        self._changes.touch(key)
         value, version = self._records.pop(key)
         deadline_ms = self._deadlines.get(key, _NO_DEADLINE)
         self.memory_bytes -= RECORD_OVERHEAD_BYTES + len(key) + len(value)
@@ -430,9 +637,14 @@ class KeyValueStore:
         return count
 
     def _flushall(self, argv: _Argv, now_ms: int, index: int) -> Reply:
-        self._records.clear()
-        self._deadlines.clear()
+        if self._flush is None:
+            self._records.clear()
+            self._deadlines.clear()
+        else:  # which goes on with the old ones
+            self._records = {}
+            self._deadlines = {}
         self._heap.clear()
+        self._changes.clear()
         self.state_hash = 0
         self.memory_bytes = 0
         return OK

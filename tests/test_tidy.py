@@ -51,6 +51,7 @@ LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 
 SAME_LAYER_ALLOWED = {
     ("kv_types", "kv_errors"),  # an error is a reply
+    ("state_db", "kv_store"),  # what is on disk is believed only as a store with the right hash
     ("raft_core", "raft_progress"),  # a follower's progress is carved out of the core for its size
     ("kv_store_server", "kv_session"),  # one connection is carved out of the server for its size
     ("example_client", "cluster_manager"),  # the failover demo starts and kills nodes

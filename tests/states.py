@@ -1,0 +1,104 @@
+"""States and their files: a store to write to, what is in it, and flushes to a database."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+
+from kv_commands import encode_payload
+from kv_store import KeyRow, KeyValueStore, Slice
+from state_db import SnapshotReader, StateDb, StateHeader
+
+NOW = 1_700_000_000_000
+MEMBERSHIP = b'[{"node_id": "node1"}]'
+TERM = 7
+
+State = tuple[int, int, int, dict[bytes, KeyRow]]  # index, stamp, hash, rows
+
+
+def write(store: KeyValueStore, *argv: bytes, stamp_ms: int = NOW) -> object:
+    """Apply a command as the next entry."""
+    return store.apply(store.applied_index + 1, encode_payload(stamp_ms, argv))
+
+
+def write_lines(store: KeyValueStore, *lines: str) -> None:
+    """The same for lines of words."""
+    for line in lines:
+        write(store, *line.encode().split())
+
+
+def state(store: KeyValueStore) -> State:
+    """All that a state on disk must give back."""
+    rows = {
+        key: (key, version, store._deadlines.get(key, 0), value)
+        for key, (value, version) in store._records.items()
+    }
+    assert store.state_hash == store.recompute_state_hash()
+    return store.applied_index, store.last_stamp_ms, store.state_hash, rows
+
+
+def header_of(store: KeyValueStore) -> StateHeader:
+    index, stamp_ms, state_hash, rows = state(store)
+    return StateHeader(index, TERM, MEMBERSHIP, index // 2, state_hash, stamp_ms, len(rows))
+
+
+def flush(store: KeyValueStore, db: StateDb) -> None:
+    """Save all changes, undisturbed, in as many slices as there are rows."""
+    header, begun = header_of(store), store.begin_flush()
+    assert StateHeader.of(begun, TERM, MEMBERSHIP, header.membership_index) == header
+    db.save(header, begun.slices(nullcontext(), rows_max=1))
+    store.end_flush(saved=True)
+
+
+@contextmanager
+def open_db(directory: Path) -> Iterator[StateDb]:
+    with closing(StateDb(directory, fsync=False)) as db:
+        yield db
+
+
+def load(directory: Path) -> KeyValueStore:
+    """What a restart finds."""
+    with open_db(directory) as db:
+        header, store = db.load()
+        # A new directory has the header of nothing.
+        assert header in (header_of(store), StateHeader())
+        return store
+
+
+def copy_directory(directory: Path, to: Path) -> Path:
+    """What a process that is killed now leaves behind: every byte it gave to the kernel."""
+    shutil.rmtree(to, ignore_errors=True)
+    shutil.copytree(directory, to)
+    return to
+
+
+def read_all(reader: SnapshotReader, bytes_max: int = 1 << 20) -> bytes:
+    data = b""
+    while more := reader.read(len(data), bytes_max):
+        data += more
+    return data
+
+
+def snapshot(db: StateDb) -> bytes:
+    """The state on disk as the bytes of a snapshot."""
+    with closing(db.open_snapshot()) as reader:
+        return read_all(reader)
+
+
+class Rows:
+    """A table that slices are written to, as simply as can be."""
+
+    def __init__(self) -> None:
+        self.rows: dict[bytes, KeyRow] = {}
+
+    def write(self, part: Slice) -> None:
+        if part.clear:
+            self.rows.clear()
+        for row in part.rows:
+            assert len(row) == 4
+            self.rows[row[0]] = row
+        for key in part.gone:
+            assert isinstance(key, bytes)
+            self.rows.pop(key, None)
