@@ -25,14 +25,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Final
 
 import psutil
-from rich.console import Console, Group
+from rich.console import Console
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from cluster_nodes import (
@@ -54,9 +52,13 @@ from cluster_nodes import (
     counted,
     ending,
     is_free,
+    picture,
     port_user,
+    receive_backup,
+    replace_durably,
 )
 from kv_config import EXIT_CONFIG, EXIT_REMOVED, PEER_PORT_OFFSET, Address, ConfigError
+from state_db import StateDbError, verify_stream
 
 __all__ = ["ClusterBusyError", "ClusterManager", "ManagerError", "main"]
 
@@ -88,6 +90,8 @@ def _waiting(status: ClusterStatus, node_ids: Iterable[str], committed: int) -> 
     if status.primary is None:
         return "no primary is elected"
     for node in rows:
+        if node.installing is not None:
+            return f"{node.node_id} is installing a snapshot: {node.installing:.0%}"
         if not (node.voter or node.learner):
             return f"{node.node_id} is not a voter yet"
         if (node.applied_index or 0) < committed:
@@ -140,6 +144,15 @@ class RemovedError(NodeError):
 
     def __init__(self, node: Node) -> None:
         super().__init__(node, "was removed from the cluster")
+
+
+def verify(path: Path) -> str:
+    """What a backup holds, in words. Raises ManagerError if it is not intact to the last byte."""
+    try:
+        header = verify_stream(path)
+    except (StateDbError, OSError) as error:
+        raise ManagerError(str(error)) from error
+    return f"{counted(header.keys, 'key')}, the state after entry {header.applied_index}"
 
 
 def _answers(member: Member) -> bool:
@@ -213,7 +226,9 @@ class ClusterManager:
         with self._local.exclusively():
             self._start_locked(report, progress)
 
-    def _start_locked(self, report: Report, progress: Report) -> None:
+    def _start_locked(
+        self, report: Report, progress: Report, restore_from: Path | None = None
+    ) -> None:
         deadline = self._clock() + self._start_timeout_s
         self._local.grow()
         missing = [node for node in self.nodes if not self._processes.find(node)]
@@ -237,8 +252,11 @@ class ClusterManager:
                 role = "PRIMARY" if first else "LEARNER" if node.learner else "SECONDARY"
                 report(f"Starting {node.node_id} on port {node.port} ({role})...")
                 started.append(node)
-                self._local.spawn(node, primary=founding and first)
-                if founding and first:
+                founds = founding and first
+                self._local.spawn(
+                    node, founds=founds, restore_from=restore_from if founds else None
+                )
+                if founds:
                     self._await_founded(node, deadline, progress)
             self._await_all(report, deadline, progress)
         except ManagerError as error:
@@ -517,6 +535,57 @@ class ClusterManager:
             self._take_out(node_id, report, progress)
             self._bring_in(new, report, progress)
 
+    # ---- Backups ----
+
+    def backup(self, path: Path, report: Report = print, progress: Report = _nothing) -> None:
+        """Write the primary's state to a file, which is checked before it gets its name."""
+        status = self._need_primary()
+        assert status.primary is not None
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            receive_backup(self.node(status.primary).reached_at, partial, progress)
+            progress("checking what has arrived")
+            found = verify(partial)
+            replace_durably(partial, path)
+        except (ManagerError, OSError, ValueError) as error:
+            raise ManagerError(f"no backup was made: {error}") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        report(f"{path} holds {found}.")
+
+    def restore(
+        self,
+        path: Path,
+        force: bool = False,
+        report: Report = print,
+        progress: Report = _nothing,
+    ) -> None:
+        """Found a new cluster that begins with a backup.
+
+        ``force`` sets the directories of an old cluster aside. Raises ManagerError.
+        """
+        progress("checking the backup")
+        found = verify(path)
+        with self._local.exclusively():
+            running = [node.node_id for node in self.nodes if self._processes.find(node)]
+            if running:
+                raise ManagerError(
+                    f"{', '.join(running)} run: a restored cluster is a new one, so end the old "
+                    "one first (--action stop)"
+                )
+            aside = None
+            if self._local.record or any(node.holds_data() for node in self.nodes):
+                if not force:
+                    raise ManagerError(
+                        f"{self.data_dir} has the data of a cluster. With --force it is set "
+                        "aside, and the restored cluster takes its place"
+                    )
+                aside = self._local.set_all_aside()
+                report(f"The data of before is kept in {aside}.")
+            self._start_locked(report, progress, restore_from=path)
+            assert self._local.record is not None
+            report(f"Cluster {self._local.record.cluster_id} has {found}.")
+
     def _need_primary(self) -> ClusterStatus:
         """The status, with a primary and its members in it. Raises ManagerError otherwise."""
         status = self._local.status()
@@ -674,35 +743,6 @@ class ClusterManager:
 # ---- The program ---------------------------------------------------------------------------------
 
 
-def _picture(status: ClusterStatus) -> Group:
-    """The status as a table, with a sentence below it for whatever is not as it should be."""
-    table = Table("node", "role", "voter")
-    for name in ("term", "commit", "applied", "lag", "keys", "port", "pid", "memory", "CPU"):
-        table.add_column(name, justify="right")
-    table.add_column("uptime", justify="right")
-    for node in status.nodes:
-        style = "bold green" if node.node_id == status.primary else "red" if node.problem else ""
-        numbers = (node.term, node.commit_index, node.applied_index, node.lag, node.keys)
-        up = None if node.uptime_seconds is None else timedelta(seconds=int(node.uptime_seconds))
-        table.add_row(
-            node.node_id,
-            "removed" if node.removed else node.role or ("no answer" if node.alive else "down"),
-            "yes" if node.voter else "no",
-            *("-" if number is None else str(number) for number in (*numbers, node.port, node.pid)),
-            "-" if node.memory_bytes is None else f"{node.memory_bytes / 1024**2:.1f} MiB",
-            "-" if node.cpu_percent is None else f"{node.cpu_percent:.1f} %",
-            "-" if up is None else str(up),
-            style=style,
-        )
-    lines = [f"{node.node_id} {node.problem}." for node in status.nodes if node.problem]
-    lines += [f"{node.node_id} reports: {node.trouble}." for node in status.nodes if node.trouble]
-    if status.healthy:
-        lines.append(f"Healthy: {status.primary} is primary; {status.tolerance}.")
-    else:
-        lines.append("Not healthy: no majority of the voters follows a primary.")
-    return Group(table, *(Text(line) for line in lines))
-
-
 def _console() -> Console:
     # Rich takes a pipe to be 80 columns wide, and would cut the table to fit.
     return Console() if sys.stdout.isatty() else Console(width=200)
@@ -725,6 +765,10 @@ actions:
   replace   --node-id NAME: for a node whose directory or machine is lost; the old member is removed
             and a new one of that name takes its place
   failover  [--to NAME]: the primary hands over to that node, or to the one that is most up to date
+  backup    --to FILE: the primary's state while it serves; checked, and only then given its name
+  verify    FILE: is this backup intact to the last byte, and what does it hold
+  restore   --from FILE [--force]: found a new cluster that begins with a backup; what a cluster has
+            left here is set aside, and only with --force
 
 examples:
   %(prog)s --action start
@@ -734,6 +778,8 @@ examples:
   %(prog)s --action add --node-id node4
   %(prog)s --action add --node-id copy1 --learner
   %(prog)s --action failover --to node2
+  %(prog)s --action backup --to monday.kv && %(prog)s --action verify monday.kv
+  %(prog)s --action restore --from monday.kv --data-dir elsewhere --base-port 7000
 
 The nodes run on when this program ends. Their output is in DIR/node1.log and so on.
 What stands after -- is given to every node that is started; kv_store_server.py --help lists it.
@@ -745,13 +791,18 @@ arguments, 130 interrupted by Ctrl-C: a start or an add has then taken back what
 ACTIONS: Final = (
     *("start", "status", "stop", "restart", "monitor"),
     *("add", "remove", "replace", "failover"),
+    *("backup", "verify", "restore"),
 )
-# Which actions an option belongs to, and whether these need it.
-_OPTIONS: Final[Mapping[str, tuple[tuple[str, ...], bool]]] = {
-    "--node-id": (("add", "remove", "replace"), True),
-    "--learner": (("add",), False),
-    "--to": (("failover",), False),
-    "--json": (("status",), False),
+# By action, the options that go with it: True for those that it needs.
+_OPTIONS: Final[Mapping[str, Mapping[str, bool]]] = {
+    "status": {"--json": False},
+    "add": {"--node-id": True, "--learner": False},
+    "remove": {"--node-id": True},
+    "replace": {"--node-id": True},
+    "failover": {"--to": False},
+    "backup": {"--to": True},
+    "verify": {"FILE": True},
+    "restore": {"--from": True, "--force": False},
 }
 
 
@@ -777,19 +828,24 @@ def _parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=START_TIMEOUT_S, metavar="SECONDS", help=limit)
     add("--node-id", metavar="NAME", help="with add, remove, replace: which node")
     add("--learner", action="store_true", help="with add: a read copy, which never votes")
-    add("--to", metavar="NAME", help="with failover: who is to lead")
+    add("--to", metavar="NAME|FILE", help="with failover: who is to lead; with backup: the file")
+    add("--from", metavar="FILE", type=Path, help="with restore: a file that backup has made")
+    add("--force", action="store_true", help="with restore: set data that is there aside")
+    add("file", metavar="FILE", type=Path, nargs="?", help="with verify: a file of backup's")
     add("--json", action="store_true", help="with status: JSON instead of a table")
     return parser
 
 
 def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """Leave with exit status 2 if an option does not go with the action, or is missing."""
-    for flag, (actions, needed) in _OPTIONS.items():
-        given = bool(getattr(options, flag[2:].replace("-", "_")))
-        if given and options.action not in actions:
-            parser.error(f"{flag} goes with --action {' or '.join(actions)} only")
-        if needed and not given and options.action in actions:
-            parser.error(f"--action {options.action} needs {flag}")
+    fitting = _OPTIONS.get(options.action, {})
+    for name in sorted({name for options_of in _OPTIONS.values() for name in options_of}):
+        given = bool(getattr(options, name.lower().removeprefix("--").replace("-", "_")))
+        if given and name not in fitting:
+            actions = " or ".join(action for action, its in _OPTIONS.items() if name in its)
+            parser.error(f"{name} goes with --action {actions} only")
+        if not given and fitting.get(name):
+            parser.error(f"--action {options.action} needs {name}")
 
 
 def main(argv: Sequence[str], server_script: Path = SERVER_SCRIPT) -> int:
@@ -801,6 +857,9 @@ def main(argv: Sequence[str], server_script: Path = SERVER_SCRIPT) -> int:
     _check_options(parser, options)
     base_port = options.base_port
     try:
+        if options.action == "verify":
+            print(f"{options.file} is intact: {verify(options.file)}.")
+            return 0
         if base_port is None and Record.load(options.data_dir / RECORD_NAME) is None:
             base_port = BASE_PORT_DEFAULT
         manager = ClusterManager(
@@ -832,7 +891,7 @@ def _act(manager: ClusterManager, options: argparse.Namespace) -> int:
             if options.json:
                 print(json.dumps(asdict(status), indent=2))
             else:
-                _console().print(_picture(status))
+                _console().print(picture(status))
             return 0 if status.healthy else 1
         case "start":
             manager.start(report, progress)
@@ -845,6 +904,15 @@ def _act(manager: ClusterManager, options: argparse.Namespace) -> int:
             if not any(node.alive for node in manager.status().nodes):
                 manager.start(report, progress)
             _monitor(manager)
+        case _:
+            _change(manager, options, report, progress)
+    return 0
+
+
+def _change(
+    manager: ClusterManager, options: argparse.Namespace, report: Report, progress: Report
+) -> None:
+    match options.action:
         case "add":
             manager.add(options.node_id, options.learner, report, progress)
         case "remove":
@@ -853,7 +921,10 @@ def _act(manager: ClusterManager, options: argparse.Namespace) -> int:
             manager.replace(options.node_id, report, progress)
         case "failover":
             manager.failover(options.to, report, progress)
-    return 0
+        case "backup":
+            manager.backup(Path(options.to), report, progress)
+        case "restore":
+            manager.restore(getattr(options, "from"), options.force, report, progress)
 
 
 def _progress() -> Report:
@@ -873,10 +944,10 @@ def _monitor(manager: ClusterManager) -> None:
     console = _console()
     try:
         if console.is_terminal:
-            with Live(_picture(manager.status()), console=console, auto_refresh=False) as live:
+            with Live(picture(manager.status()), console=console, auto_refresh=False) as live:
                 manager.monitor(
                     lambda event: console.print(Text(event)),
-                    show=lambda status: live.update(_picture(status), refresh=True),
+                    show=lambda status: live.update(picture(status), refresh=True),
                 )
         else:
             manager.monitor(functools.partial(print, flush=True))

@@ -21,12 +21,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from subprocess import DEVNULL
-from typing import Final, NamedTuple
+from typing import BinaryIO, Final, NamedTuple
 
 import psutil
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
 
 from kv_config import (
     PEER_PORT_OFFSET,
@@ -42,6 +46,9 @@ Spawn = Callable[..., psutil.Popen]
 
 ANSWER_TIMEOUT_S: Final = 1.0
 ANSWER_BYTES_MAX: Final = 1024**2
+# A node copies its state before it sends the first byte: a second for a million keys.
+BACKUP_SILENCE_S: Final = 60.0
+BACKUP_PIECE_BYTES: Final = 1024**2
 POLL_S: Final = 0.1
 LOCK_TIMEOUT_S: Final = 5.0
 NODES_DEFAULT: Final = 3
@@ -54,7 +61,7 @@ CREATE_TIME_TOLERANCE_S: Final = 1.0
 # Given to nodes by the manager, so not to be given after ``--``.
 OWN_FLAGS: Final = (
     *("--node-id", "--port", "--peer-port", "--data-dir", "--join"),
-    *("--primary", "--learner"),
+    *("--primary", "--learner", "--restore-from"),
 )
 
 
@@ -130,14 +137,14 @@ class Node:
         """Rename the directory, so that the node starts with an empty one; where it is now."""
         if not self.directory.is_dir():
             return None
-        stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-        name = f"{self.node_id}.{why}-{stamp}"
-        for number in itertools.count(2):
-            aside = self.directory.with_name(name)
-            if not aside.exists():
-                break
-            name = f"{self.node_id}.{why}-{stamp}-{number}"
-        return self.directory.rename(aside)
+        return self.directory.rename(_unused(self.directory.with_name(f"{self.node_id}.{why}")))
+
+
+def _unused(path: Path) -> Path:
+    """``path`` with the time behind it, and a number if that is not enough."""
+    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
+    names = (f"{path.name}-{stamp}" + (f"-{n}" if n > 1 else "") for n in itertools.count(1))
+    return next(candidate for name in names if not (candidate := path.with_name(name)).exists())
 
 
 class Place(NamedTuple):
@@ -204,6 +211,7 @@ class NodeStatus:
     follows: bool = False  # it is a voter, and of the primary's term
     learner: bool = False  # it is to stay one
     removed: bool = False  # it was a member, and is none any more
+    installing: float | None = None  # the share of a snapshot that it has received
     member_id: str | None = None
     cluster_id: str | None = None
     problem: str | None = None  # why the node does not count
@@ -246,6 +254,7 @@ class Member:
     host: str
     port: int
     voter: bool
+    snapshot: float | None = None  # the share of the state that it has, while it is sent to it
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,7 +300,9 @@ def summarize(
     """What was seen of the nodes, completed by what ``primary`` says of them."""
     rows, following = [], 0
     voters = {member.member_id for member in members if member.voter}
+    shares = {member.member_id: member.snapshot for member in members}
     for node in nodes:
+        node = replace(node, installing=shares.get(node.member_id or ""))
         if primary and node.cluster_id:
             node = _judge(node, primary, members)
         if primary and node.applied_index is not None and not node.problem:
@@ -329,6 +340,44 @@ def _primary(nodes: Iterable[NodeStatus], cluster_id: str | None) -> NodeStatus 
     return max(claims, key=lambda node: node.term or 0, default=None)
 
 
+def picture(status: ClusterStatus) -> Group:
+    """The status as a table, with a sentence below it for whatever is not as it should be."""
+    table = Table("node", "role", "voter")
+    for name in ("term", "commit", "applied", "lag", "keys", "port", "pid", "memory", "CPU"):
+        table.add_column(name, justify="right")
+    table.add_column("uptime", justify="right")
+    for node in status.nodes:
+        style = "bold green" if node.node_id == status.primary else "red" if node.problem else ""
+        numbers = (node.term, node.commit_index, node.applied_index, node.lag, node.keys)
+        up = None if node.uptime_seconds is None else timedelta(seconds=int(node.uptime_seconds))
+        table.add_row(
+            node.node_id,
+            _state(node),
+            "yes" if node.voter else "no",
+            *("-" if number is None else str(number) for number in (*numbers, node.port, node.pid)),
+            "-" if node.memory_bytes is None else f"{node.memory_bytes / 1024**2:.1f} MiB",
+            "-" if node.cpu_percent is None else f"{node.cpu_percent:.1f} %",
+            "-" if up is None else str(up),
+            style=style,
+        )
+    lines = [f"{node.node_id} {node.problem}." for node in status.nodes if node.problem]
+    lines += [f"{node.node_id} reports: {node.trouble}." for node in status.nodes if node.trouble]
+    if status.healthy:
+        lines.append(f"Healthy: {status.primary} is primary; {status.tolerance}.")
+    else:
+        lines.append("Not healthy: no majority of the voters follows a primary.")
+    return Group(table, *(Text(line) for line in lines))
+
+
+def _state(node: NodeStatus) -> str:
+    """The node's role, or what is the matter with it, in a word or two."""
+    if node.removed:
+        return "removed"
+    if node.installing is not None:
+        return f"installing {node.installing:.0%}"
+    return node.role or ("no answer" if node.alive else "down")
+
+
 # ---- Sockets, ports and files --------------------------------------------------------------------
 
 
@@ -352,6 +401,11 @@ def ask(
             line += received
             if len(line) > ANSWER_BYTES_MAX:
                 raise ValueError("its answer has no end")
+    return _answered(line)
+
+
+def _answered(line: bytes) -> Mapping[str, object]:
+    """The answer in ``line``. Raises RefusedError if it is an error, ValueError if it is none."""
     answer: object = json.loads(line)
     if isinstance(answer, dict) and answer.get("status") == "OK":
         return answer
@@ -360,13 +414,51 @@ def ask(
     raise ValueError(f"it answers {line[:80]!r}")
 
 
+def receive_backup(address: Address, path: Path, progress: Report) -> None:
+    """Write to ``path`` what the node at ``address`` sends as its backup, and sync it.
+
+    Raises OSError if the stream breaks off, RefusedError if there is none.
+    """
+    request = b"BACKUP\n"
+    with (
+        path.open("wb") as file,
+        socket.create_connection(address, BACKUP_SILENCE_S) as connection,
+        connection.makefile("rb") as stream,
+    ):
+        connection.sendall(request)
+        answer = _answered(stream.readline(ANSWER_BYTES_MAX))
+        size = answer.get("bytes")
+        while length := int.from_bytes(_exactly(stream, 4), "big"):
+            while length:
+                length -= file.write(_exactly(stream, min(length, BACKUP_PIECE_BYTES)))
+            progress(f"{_mib(file.tell())} of {_mib(size)} are here")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _exactly(stream: BinaryIO, count: int) -> bytes:
+    data = stream.read(count)
+    if len(data) < count:
+        raise ConnectionResetError("the stream broke off")
+    return data
+
+
+def _mib(count: object) -> str:
+    return f"{count / 1024**2:.1f} MiB" if isinstance(count, int) else "an unknown size"
+
+
 def _members_of(address: Address) -> tuple[Member, ...]:
     """The members, as the primary at ``address`` names them (none if it fails)."""
     with suppress(OSError, ValueError):
         members = ask(address, "CLUSTER").get("members")
         if isinstance(members, list):
-            names = [field.name for field in fields(Member)]
-            return tuple(Member(**{name: m[name] for name in names}) for m in members)
+            return tuple(
+                Member(
+                    *(m["node_id"], m["member_id"], m["host"], m["port"], m["voter"]),
+                    snapshot=m.get("snapshot"),
+                )
+                for m in members
+            )
     return ()
 
 
@@ -405,20 +497,25 @@ def port_user(port: int) -> str:
     return "a process that this user may not see"
 
 
-def write_durably(path: Path, fields: Mapping[str, object]) -> None:
-    """Replace ``path`` so that a crash leaves the old or the new file (raft-traps T7)."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(fields, file)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Give a synced file its name so that a crash leaves the old or the new one (raft-traps T7)."""
     temporary.replace(path)
     directory = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def write_durably(path: Path, fields: Mapping[str, object]) -> None:
+    """Replace ``path`` with a file of these fields, as JSON."""
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        json.dump(fields, file)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    replace_durably(temporary, path)
 
 
 def counted(count: int, thing: str) -> str:
@@ -677,6 +774,19 @@ class LocalNodes:
         self._save({name: at for name, at in self._places().items() if name != node.node_id})
         return aside
 
+    def set_all_aside(self) -> Path:
+        """Move the record and all directories away; where they are now.
+
+        The record goes last: until then ``start`` says that directories are missing.
+        """
+        aside = _unused(self.data_dir / "before-restore")
+        aside.mkdir()
+        for path in (*(node.directory for node in self.nodes), self.record_path):
+            if path.exists():
+                path.rename(aside / path.name)
+        self.record = None
+        return aside
+
     def founded(self, cluster_id: str) -> None:
         """Record that these nodes belong to that cluster."""
         assert self._base_port is not None
@@ -696,14 +806,16 @@ class LocalNodes:
         self.record.save(self.record_path)
         self.nodes = tuple(self.place(node_id, place) for node_id, place in in_order.items())
 
-    def spawn(self, node: Node, *, primary: bool = False) -> int:
-        """Start the node's process; its pid."""
+    def spawn(self, node: Node, *, founds: bool = False, restore_from: Path | None = None) -> int:
+        """Start the node's process; its pid. Who founds the cluster may begin with a backup."""
         # A single node is told of itself: without --join it would look for a cluster on 6379.
         others = [other for other in self.nodes if other != node] or [node]
         join = ",".join(format_address(other.address) for other in others)
         command = [*self._program, *node.flags, f"--join={join}", *self._server_args]
-        role = ["--primary"] if primary else ["--learner"] if node.learner else []
-        return self.processes.start(node, [*command, *role])
+        command += ["--learner"] if node.learner else []
+        command += ["--primary"] if founds else []
+        command += [f"--restore-from={restore_from.resolve()}"] if restore_from else []
+        return self.processes.start(node, command)
 
     def status(self) -> ClusterStatus:
         """The cluster as it is now; it takes no longer than one slow answer."""

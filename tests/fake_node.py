@@ -3,14 +3,16 @@
 What Raft would decide stands in one file for all (``fake.json`` beside the node directories): the
 members, the primary and the term. A voter takes the lead when the primary's process has gone and a
 majority of the voters lives. ``FAKE_<BEHAVIOUR>=node2`` in the
-environment makes that node misbehave:
+environment makes that node misbehave; what it sends as a backup is the file FAKE_BACKUP:
 
     FAKE_DIES         prints 20 lines and exits with status 3
     FAKE_STUBBORN     ignores SIGTERM
     FAKE_LEARNER      never becomes a voter
     FAKE_BEHIND       never applies the last entry
     FAKE_FOREIGN      belongs to another cluster
+    FAKE_INSTALLING   has received 42 % of a snapshot, for ever
     FAKE_TROUBLED     complains of its disk
+    FAKE_BREAKS       ends in the middle of a backup
     FAKE_BUSY         refuses the first changes for now
 """
 
@@ -27,6 +29,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NoReturn
 
 import psutil
@@ -159,8 +162,10 @@ class FakeNode(socketserver.ThreadingTCPServer):
         }
 
     def cluster(self) -> Fields:
-        members = self.read()["members"].items()
-        rows = [{"member_id": member_id, **member} for member_id, member in members]
+        rows = [{"member_id": name, **rest} for name, rest in self.read()["members"].items()]
+        for row in rows:
+            if os.environ.get("FAKE_INSTALLING") == row["node_id"]:
+                row.update(snapshot=0.42, voter=False)
         return {**self.status(), "members": sorted(rows, key=lambda row: row["node_id"])}
 
     def remove(self, node_id: str) -> Fields:
@@ -209,7 +214,21 @@ class LineHandler(socketserver.StreamRequestHandler):
         node = self.server
         assert isinstance(node, FakeNode)
         for line in self.rfile:
+            if line == b"BACKUP\n" and "FAKE_BACKUP" in os.environ:
+                return self.send_backup(node, Path(os.environ["FAKE_BACKUP"]).read_bytes())
             self.wfile.write(json.dumps(node.answer(line.decode().split())).encode() + b"\n")
+
+    def send_backup(self, node: FakeNode, data: bytes) -> None:
+        """In chunks of 1 KiB, each with its length before it, and the connection ends."""
+        answer = {"status": "OK", "bytes": len(data)}
+        self.wfile.write(json.dumps(answer).encode() + b"\n")
+        if misbehaves(node.settings, "BREAKS"):
+            data = data[: len(data) // 2]
+        for start in range(0, len(data), 1024):
+            chunk = data[start : start + 1024]
+            self.wfile.write(len(chunk).to_bytes(4, "big") + chunk)
+        if not misbehaves(node.settings, "BREAKS"):
+            self.wfile.write(bytes(4))
 
 
 def lives(member: Fields) -> bool:
@@ -251,7 +270,9 @@ def die() -> NoReturn:
 def main() -> None:
     argv = sys.argv[1:]
     say(" ".join(["started:", *argv]))
-    settings = parse_settings([word for word in argv if word != "--learner"], os.environ)
+    own = ("--learner", "--restore-from")
+    known = [word for word in argv if word.partition("=")[0] not in own]
+    settings = parse_settings(known, os.environ)
     if misbehaves(settings, "DIES"):
         die()
     if misbehaves(settings, "STUBBORN"):

@@ -731,7 +731,12 @@ def test_help_when_asked_then_explains_every_action_and_exit_status(capsys):
         (["--action", "start", "--node-id", "n"], "--node-id goes with --action add or remove or"),
         (["--action", "remove", "--node-id", "n", "--learner"], "--learner goes with --action add"),
         (["--action", "stop", "--json"], "--json goes with --action status only"),
-        (["--action", "restart", "--to", "n"], "--to goes with --action failover only"),
+        (["--action", "backup"], "--action backup needs --to"),
+        (["--action", "verify"], "--action verify needs FILE"),
+        (["--action", "restore", "--force"], "--action restore needs --from"),
+        (["--action", "start", "--force"], "--force goes with --action restore only"),
+        (["--action", "start", "backup.kv"], "FILE goes with --action verify only"),
+        (["--action", "restart", "--to", "n"], "--to goes with --action failover or backup only"),
     ],
 )
 def test_command_line_when_wrong_then_exits_with_2_and_says_why(argv, said, capsys, tmp_path):

@@ -489,6 +489,27 @@ def test_status_when_a_node_complains_then_shows_what_it_says(make, monkeypatch)
 
 @pytest.mark.slow
 @pytest.mark.cluster
+def test_status_when_a_node_installs_a_snapshot_then_shows_how_far_it_is(make, monkeypatch):
+    """Catching up may take long, so who waits for it is told."""
+    monkeypatch.setenv("FAKE_INSTALLING", "node2")
+    cluster = make(nodes=1, start_timeout_s=1.5)
+    cluster.begin()
+    waited_for: list[str] = []
+    with pytest.raises(ManagerError, match="node2 is installing a snapshot: 42%"):
+        cluster.add("node2", False, cluster.said.append, waited_for.append)
+    assert "node2 is installing a snapshot: 42%" in waited_for
+
+    monkeypatch.setenv("FAKE_INSTALLING", "node1")
+    cluster.end()
+    cluster.start_node("node1")
+    eventually(lambda: cluster.status().members)
+    table = run("--action", "status", "--data-dir", cluster.data_dir)
+
+    assert "installing 42%" in table.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
 def test_start_when_nodes_were_removed_and_more_are_asked_for_then_uses_free_names(cluster, make):
     """What is recorded keeps its name and its port."""
     cluster.remove("node2", cluster.said.append)
