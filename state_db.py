@@ -534,7 +534,11 @@ class StateDb:
                 fd = os.open(path, os.O_RDWR)
             finally:
                 _remove(path)
-        return SnapshotReader(header, fd)
+        try:
+            return SnapshotReader(header, fd)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def receive_snapshot(self) -> SnapshotWriter:
         """A place for a snapshot that arrives. One at a time. Raises OSError."""

@@ -29,6 +29,22 @@ def write_lines(store: KeyValueStore, *lines: str) -> None:
         write(store, *line.encode().split())
 
 
+def write_numbered(store: KeyValueStore, count: int) -> None:
+    """Apply the next entries of a history in which the index says what an entry does.
+
+    The values are long: half a megabyte and more.
+    """
+    for _ in range(count):
+        index = store.applied_index + 1
+        key = b"%d" % (index % 23)
+        if index % 50 == 0:
+            write(store, b"FLUSHALL")
+        elif index % 7 == 0:
+            write(store, b"DEL", key)
+        else:
+            write(store, b"SET", key, b"%d," % index * 150_000)
+
+
 def state(store: KeyValueStore) -> State:
     """All that a state on disk must give back."""
     rows = {

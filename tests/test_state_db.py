@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, nullcontext
+from contextlib import closing, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -33,6 +33,7 @@ from tests.states import (
     state,
     write,
     write_lines,
+    write_numbered,
 )
 from tests.test_kv_store_model import COMMANDS
 
@@ -318,6 +319,44 @@ def test_save_when_killed_at_any_step_then_the_old_or_the_new_state(
         "save-committed": old if loses_wal else state(store),
         "save-synced": state(store),
     }
+
+
+@pytest.mark.slow
+def test_save_when_the_process_is_killed_anywhere_then_no_saved_state_is_lost(
+    tmp_path: Path,
+) -> None:
+    """Inside of sqlite's own steps too, where most of the time goes with values this long."""
+    program = """
+import pathlib, sys
+from state_db import StateDb
+from tests.states import flush, write_numbered
+db = StateDb(pathlib.Path(sys.argv[1]))
+store = db.load()[1]
+while True:
+    write_numbered(store, 10)
+    flush(store, db)
+    print(store.applied_index, flush=True)
+"""
+    chance, index = random.Random(5), 0
+    for _ in range(8):
+        with subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            assert process.stdout is not None
+            for _ in range(chance.randrange(1, 4)):
+                index = int(process.stdout.readline())
+            with suppress(subprocess.TimeoutExpired):  # any moment of what it does next
+                process.wait(chance.random() * 0.1)
+            process.kill()
+            index = max(index, *map(int, process.stdout.read().split()), 0)
+
+        store, expected = load(tmp_path), KeyValueStore()
+        assert index <= store.applied_index <= index + 10
+        write_numbered(expected, store.applied_index)
+        assert state(store) == state(expected)
 
 
 def test_load_when_killed_after_a_commit_then_the_next_kill_needs_no_wal(
