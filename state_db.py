@@ -7,8 +7,8 @@ the log behind it be dropped. ``state.db-wal`` holds nothing but a transaction u
 Rule 3: nothing that comes from a disk or a peer is believed: whoever loads a state computes its
 hash anew. A state that does not match is refused, with words that say what to do.
 Rule 4: ``state.db`` is created and replaced whole, by renaming a file that is complete and synced.
-Rule 5: sqlite is asked for many rows in one call. It lets go of the interpreter's lock during each
-call, and under load it takes milliseconds to get that back.
+Rule 5: while a node serves, sqlite is asked for much in few calls. It lets go of the interpreter's
+lock during each, and under load may wait milliseconds to get that back.
 
 Beside the log in a member's data directory:
 

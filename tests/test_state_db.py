@@ -480,6 +480,23 @@ def test_save_when_the_disk_takes_no_more_then_it_says_so_and_later_goes_on(
     assert state(load(tmp_path)) == state(store)
 
 
+def test_snapshot_when_the_disk_is_full_then_nothing_of_it_stays(
+    tmp_path: Path, store: KeyValueStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither a file nor an open one, whether the copy or its seal found no room."""
+
+    def no_room(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "no room")
+
+    with open_db(tmp_path) as db:
+        flush(store, db)
+        before = len(os.listdir("/proc/self/fd")), sorted(os.listdir(tmp_path))
+        monkeypatch.setattr(os, "pwrite", no_room)
+        with pytest.raises(OSError, match="no room"):
+            db.open_snapshot()
+        assert (len(os.listdir("/proc/self/fd")), sorted(os.listdir(tmp_path))) == before
+
+
 def test_save_when_the_rows_end_in_an_error_then_the_old_state_stays(
     tmp_path: Path, store: KeyValueStore
 ) -> None:
