@@ -48,8 +48,8 @@ def write_numbered(store: KeyValueStore, count: int) -> None:
 def state(store: KeyValueStore) -> State:
     """All that a state on disk must give back."""
     rows = {
-        key: (key, version, store._deadlines.get(key, 0), value)
-        for key, (value, version) in store._records.items()
+        key: (key, store._versions[key], store._deadlines.get(key, 0), value)
+        for key, value in store._values.items()
     }
     assert store.state_hash == store.recompute_state_hash()
     return store.applied_index, store.last_stamp_ms, store.state_hash, rows

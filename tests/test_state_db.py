@@ -583,7 +583,7 @@ def test_snapshot_when_installed_takes_the_place_of_the_state(
         assert snapshot(db) == snapshot(db)
 
     assert state(load(tmp_path / "follower")) == state(found)
-    assert b"old" not in found._records
+    assert b"old" not in found._values
 
 
 def test_snapshot_is_a_database_that_any_sqlite_reads(tmp_path: Path, store: KeyValueStore) -> None:

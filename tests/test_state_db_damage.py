@@ -97,7 +97,7 @@ def go_on(directory: Path) -> State:
     """Change every key, and add some for the free pages."""
     with open_db(directory) as db:
         _header, store = db.load()
-        for key in [*store._records]:
+        for key in [*store._values]:
             write(store, b"APPEND", key, b"more")
         write(store, b"SET", b"longer", b"9876543210" * 2000)
         flush(store, db)
