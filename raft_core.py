@@ -1,6 +1,7 @@
 """Raft as a pure state machine: ``tick``, ``step``, ``propose`` and ``read_index`` in, values out.
 
-Rule 1: every decision of the algorithm lives in this file (and ``raft_progress.py``).
+Rule 1: every decision of the algorithm lives in this file, or in ``raft_progress.py`` and
+``raft_members.py``, which are parts of it.
 Rule 2: no socket, disk, thread, lock, clock or global random: time is a count of ticks, chance is
 the ``random.Random`` it is given. The same calls give the same results.
 Rule 3: what must be durable comes out of ``ready`` together with the messages that may only leave
@@ -25,6 +26,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 
 from raft_log import MembershipLog, RaftLog, entry_bytes
+from raft_members import Followers
 from raft_progress import Progress, ProgressState
 from raft_types import (
     AppendEntries,
@@ -36,6 +38,7 @@ from raft_types import (
     MemberId,
     Membership,
     Message,
+    RaftConfig,
     Ready,
     Role,
     Snapshot,
@@ -45,27 +48,6 @@ from raft_types import (
     VoteReply,
     VoteRequest,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class RaftConfig:
-    """Times in ticks, sizes in bytes."""
-
-    heartbeat_ticks: int
-    # A timeout is drawn anew from min..max for each election (paper 5.2).
-    election_ticks_min: int
-    election_ticks_max: int
-    # The pause instead of a timeout once the leader's process is known to be dead; it doubles with
-    # each attempt that fails.
-    dead_leader_ticks_min: int = 2
-    dead_leader_ticks_max: int = 15
-    append_bytes_max: int = 1024 * 1024
-    # Proposals beyond this wait for commits (raft-traps T34).
-    uncommitted_bytes_max: int = 128 * 1024 * 1024
-
-    def __post_init__(self) -> None:
-        if not 0 < self.heartbeat_ticks < self.election_ticks_min <= self.election_ticks_max:
-            raise ValueError("needs 0 < heartbeat < election min <= election max, in ticks")
 
 
 class NotLeaderError(Exception):
@@ -123,11 +105,13 @@ class RaftCore:
         self.log = log
         self._rng = rng
         # Persistent (paper figure 2). Changes leave through ``ready`` before any message does.
-        self.term = hard_state.term
-        self.voted_for = hard_state.voted_for
+        # A state may have come in a term that a crash kept from being saved. No vote was given in it.
+        self.term = max(hard_state.term, log.last_term)
+        self.voted_for = hard_state.voted_for if self.term == hard_state.term else None
         self._saved_hard_state = hard_state
-        self._memberships = MembershipLog(memberships)
+        self._memberships = MembershipLog(member_id, memberships)
         self.membership = self._memberships.latest
+        self._has_vote = self.membership.is_voter(member_id)
         # Volatile.
         self.role = Role.FOLLOWER
         self.leader_id: MemberId | None = None
@@ -146,7 +130,8 @@ class RaftCore:
         if self.membership.voters == (member_id,):
             self._election_timeout_ticks = 1  # no other leader can be alive: work at once
         # Of the leader.
-        self.progress: dict[MemberId, Progress] = {}
+        self._followers = Followers(member_id, config)
+        self.progress = self._followers.progress
         self.truncated_count = 0  # entries this server ever had to give up, for the driver's log
         self._heartbeat_elapsed_ticks = 0
         self._term_first_index = 0  # the index of this leadership's no-op
@@ -173,20 +158,27 @@ class RaftCore:
             self._reset_election_timer()
             # Also where no campaign follows: a silent leader is owed no loyalty (thesis 4.2.3).
             self.leader_id = None
-            if self.may_campaign and self.membership.is_voter(self.member_id):
+            if not self._memberships.may_stand(self.commit_index):
+                if not self.is_removed:
+                    self._ask_voters(pre_vote=True)  # for a sign of life; the answer elects no one
+            elif self.may_campaign:
                 self._campaign(pre_vote=True)
 
     def _tick_leader(self) -> None:
         self._heartbeat_elapsed_ticks += 1
         if self._heartbeat_elapsed_ticks >= self.config.heartbeat_ticks:
             self._start_round()
-        oldest = self._now_ticks - self.config.election_ticks_min
-        heard = [m for m, progress in self.progress.items() if progress.heard_ticks > oldest]
-        if not self.membership.has_quorum([self.member_id, *heard]):
+        if not self.membership.has_quorum(self._followers.answering(self._now_ticks)):
             # Check-quorum: clients must not hang on a leader that is cut off (thesis 6.2).
             self._become_follower(self.term, None)
             return
-        self._promote_learner()
+        if self._may_change_membership:
+            self._followers.forget_outsiders(self._memberships.latest_index, self._now_ticks)
+            changed = self._followers.next_change(
+                self.membership, self.log.last_index, self._now_ticks
+            )
+            if changed is not None:
+                self._propose_membership(changed)
 
     def _reset_election_timer(self) -> None:
         # Randomised anew each time so that split votes are rare: paper 5.2, thesis 3.4.
@@ -222,7 +214,7 @@ class RaftCore:
         self.leader_id = leader_id
         self._votes = {}
         # Of a leadership that is over. The driver tells those who wait.
-        self.progress = {}
+        self._followers.clear()
         self._uncommitted.clear()
         self._uncommitted_bytes = 0
         self._read_round = 0
@@ -243,6 +235,9 @@ class RaftCore:
             self.role = Role.CANDIDATE
             self.term += 1
             self.voted_for = self.member_id  # counted in ``advance``, when it is on disk
+        self._ask_voters(pre_vote=pre_vote)
+
+    def _ask_voters(self, *, pre_vote: bool) -> None:
         for voter in self.membership.voters:
             if voter != self.member_id:
                 self._messages.append(
@@ -264,8 +259,8 @@ class RaftCore:
         self._dead_leader_attempts = 0
         self._heartbeat_elapsed_ticks = 0
         self.round = 0
-        self.progress = {}
-        self._update_progress()
+        self._followers.clear()
+        self._followers.follow(self.membership, self.log.last_index, self._now_ticks)
         # Only an entry of its own term lets a leader commit what came before (paper 5.4.2) and
         # know the commit index that reads must reach (thesis 6.4).
         self._term_first_index = self._append(EntryKind.NOOP, [b""])
@@ -307,6 +302,7 @@ class RaftCore:
         match message:
             case VoteRequest() if self._hears_leader:
                 # Leader stickiness: no one disturbs a leader that works (thesis 4.2.3).
+                self._tell_outsider(message.sender)
                 return False
             case VoteRequest(pre_vote=True) | VoteReply(pre_vote=True, granted=True):
                 return True  # a term that is only asked about; ours stays
@@ -483,6 +479,9 @@ class RaftCore:
         # Only entries of the own term are committed by counting (paper 5.4.2, figure 8).
         if index >= self._term_first_index:
             self._commit_to(index)
+            if not self._has_vote and self._memberships.latest_index <= self.commit_index:
+                # Removed, and no longer needed to make it so (thesis 4.2.2, raft-traps T65).
+                self._become_follower(self.term, None)
 
     def _commit_to(self, index: int) -> None:
         if index <= self.commit_index:
@@ -573,6 +572,7 @@ class RaftCore:
 
     def link_up(self, member_id: MemberId) -> None:
         """A new connection to this member: what was in flight on the old one is lost."""
+        self._tell_outsider(member_id)
         progress = self.progress.get(member_id)
         if progress is None:
             return
@@ -617,6 +617,7 @@ class RaftCore:
         if progress.state is ProgressState.SNAPSHOT:
             last = self.log.last_index if index is None else progress.match_index
             self._probe_from(progress, last + 1)
+        self._tell_outsider(member_id)
 
     def _on_snapshot_reply(self, message: SnapshotReply) -> None:
         progress = self.progress.get(message.sender)
@@ -653,15 +654,15 @@ class RaftCore:
         if index <= self.commit_index:
             return
         if self.log.matches(index, term):
-            self._memberships.restore(snapshot)
             self._commit_to(index)
+            self._memberships.restore(snapshot, index)
         else:
             assert self.role is not Role.LEADER, "a committed entry is missing"
             self.truncated_count += max(0, self.log.last_index - index)
             self.log.reset(index, term)
             self._log_base = (index, term)
             self._memberships.truncate_from(index + 1)
-            self._memberships.restore(snapshot)
+            self._memberships.restore(snapshot, self.commit_index)
             self.commit_index = index
         self._use_latest_membership()
 
@@ -750,17 +751,34 @@ class RaftCore:
     def add_learner(self, member: Member) -> int:
         """Append a membership with ``member`` as a learner; returns the entry's index.
 
-        It is promoted by itself once it has caught up. Raises NotLeaderError or
-        MembershipChangeRefusedError.
+        It is promoted by itself once it has caught up, unless it is to stay a learner; one that
+        is not heard of is dropped. This and the next two raise NotLeaderError or
+        MembershipChangeRefusedError; ``Membership`` knows the objections that no time cures.
         """
-        assert not member.voter
+        assert not member.voter and self.membership.get(member.member_id) is None
         return self._propose_membership(self.membership.with_member(member))
+
+    def change_member(self, member: Member) -> int:
+        """Append a membership in which ``member`` has other addresses."""
+        old = self.membership.get(member.member_id)
+        assert old is not None and old.voter == member.voter
+        return self._propose_membership(self.membership.with_member(member))
+
+    def remove_member(self, member_id: MemberId) -> int:
+        """Append a membership without this member, which may be this leader itself.
+
+        The log goes on to reach the removed one for a while, to tell it. Its id never comes back.
+        """
+        assert not self.membership.objection_to_leaving(member_id)
+        return self._propose_membership(self.membership.without_member(member_id))
 
     def _propose_membership(self, membership: Membership) -> int:
         if self.role is not Role.LEADER:
             raise NotLeaderError
         if not self._may_change_membership:
             raise MembershipChangeRefusedError("another change is under way; try again")
+        if objection := self._followers.objection_to(membership, self._now_ticks):
+            raise MembershipChangeRefusedError(objection)
         return self._append(EntryKind.MEMBERSHIP, [membership.encode()])
 
     @property
@@ -770,36 +788,34 @@ class RaftCore:
         is_settled = self._memberships.latest_index <= self.commit_index
         return self.committed_in_own_term and is_settled
 
+    @property
+    def is_removed(self) -> bool:
+        """Whether this server was a member and, by a committed change, is none any more."""
+        return not self._has_vote and self._memberships.is_removed(self.commit_index)
+
+    def admitted_at(self, index: int) -> None:
+        """By the committed entry ``index`` this server is a member: a founder, or told when it joined.
+
+        It knows so itself once it has that entry, and knows it committed. But it may be removed
+        before, or restart with nothing but a state from after its removal; then only this tells it
+        from a server that is not added yet. So the driver keeps it and says it at each start.
+        """
+        self._memberships.admitted_index = index
+
+    def take_dropped(self) -> list[Member]:
+        """The learners that this leader has given up since the last call."""
+        dropped, self._followers.dropped = self._followers.dropped, []
+        return dropped
+
     def _use_latest_membership(self) -> None:
         self.membership = self._memberships.latest
+        self._has_vote = self.membership.is_voter(self.member_id)
         if self.role is Role.LEADER:
-            self._update_progress()
+            self._followers.follow(self.membership, self.log.last_index, self._now_ticks)
 
-    def _update_progress(self) -> None:
-        for member in self.membership.members:
-            if member.member_id != self.member_id and member.member_id not in self.progress:
-                self.progress[member.member_id] = Progress(self.log.last_index + 1, self._now_ticks)
-
-    def _promote_learner(self) -> None:
-        """Give a learner its vote once a round of catching up took less than a timeout.
-
-        Source: thesis 4.2.1.
-        """
-        for member in self.membership.members:
-            if member.voter or member.member_id == self.member_id:
-                continue
-            progress = self.progress[member.member_id]
-            if progress.match_index < progress.catch_up_index or not progress.match_index:
-                continue
-            # Caught up lately, and still there: a dead voter would only raise the quorum.
-            recent = self._now_ticks - self.config.election_ticks_min
-            oldest = min(progress.catch_up_since_ticks, progress.heard_ticks)
-            if oldest > recent and self._may_change_membership:
-                promoted = self.membership.with_member(member._replace(voter=True))
-                self._propose_membership(promoted)
-                return
-            progress.catch_up_index = self.log.last_index
-            progress.catch_up_since_ticks = self._now_ticks
+    def _tell_outsider(self, member_id: MemberId) -> None:
+        if self.role is Role.LEADER and self.membership.get(member_id) is None:
+            self._followers.tell_outsider(member_id, self.log.last_index, self._now_ticks)
 
     # ---- To the disk, to the state machine -----------------------------------------------------
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
-from raft_types import ENTRY_OVERHEAD_BYTES, Entry, Membership, Snapshot
+from raft_types import ENTRY_OVERHEAD_BYTES, Entry, MemberId, Membership, Snapshot
 
 # What a healthy follower or a restarted applier may lag before the driver has to read the disk.
 WINDOW_BYTES_MAX = 16 * 1024 * 1024
@@ -195,6 +195,9 @@ class RaftLog:
         self._window_first += count
 
 
+_NOTHING = (0, Membership())  # before the first change
+
+
 class MembershipLog:
     """Who belonged to the cluster from which index on: every change in the log, and the one before.
 
@@ -202,13 +205,16 @@ class MembershipLog:
     (thesis 4.1, raft-traps T62).
     """
 
-    def __init__(self, changes: Iterable[tuple[int, Membership]]) -> None:
+    def __init__(self, member_id: MemberId, changes: Iterable[tuple[int, Membership]]) -> None:
+        self._member_id = member_id  # of this server
         self._changes = sorted(dict(changes).items())
+        # This server is known to have been a member there, by a committed change.
+        self.admitted_index: int | None = None
 
     @property
     def latest(self) -> Membership:
         """The one in force; without members where the log has none."""
-        return self._changes[-1][1] if self._changes else Membership()
+        return self._changes[-1][1] if self._changes else _NOTHING[1]
 
     @property
     def latest_index(self) -> int:
@@ -217,7 +223,28 @@ class MembershipLog:
 
     def at(self, index: int) -> tuple[int, Membership]:
         """The one in force at ``index``, after the index it came with."""
-        return next((c for c in reversed(self._changes) if c[0] <= index), (0, Membership()))
+        return next((c for c in reversed(self._changes) if c[0] <= index), _NOTHING)
+
+    def is_removed(self, commit_index: int) -> bool:
+        """Whether this server belonged to the cluster and, by a committed change, does no more.
+
+        One that is yet to be added finds itself in no membership either, and so does one that has
+        not come as far as the change that added it.
+        """
+        if self.latest.get(self._member_id) is not None:
+            return False
+        self._remember(commit_index)
+        if self.admitted_index is None or self.admitted_index > commit_index:
+            return False
+        return self.at(commit_index)[1].get(self._member_id) is None
+
+    def may_stand(self, commit_index: int) -> bool:
+        """Whether this server may campaign: it votes, or did so at the last commit it knows of.
+
+        Until its removal is committed it may be the only one who can win. Source: thesis 4.2.2.
+        """
+        last_committed, _ = self.at(commit_index)
+        return any(m.is_voter(self._member_id) for i, m in self._changes if i >= last_committed)
 
     def append(self, index: int, membership: Membership) -> None:
         """The entry at ``index`` brings a new one."""
@@ -232,9 +259,19 @@ class MembershipLog:
     def compact(self, first_index: int) -> None:
         """The entries before ``first_index`` are gone, and with them all but the last change."""
         base_index, _ = self.at(first_index - 1)
+        self._remember(base_index)
         self._changes = [change for change in self._changes if change[0] >= base_index]
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """The state at ``snapshot.index`` takes the place of what came before it."""
+    def restore(self, snapshot: Snapshot, commit_index: int) -> None:
+        """The state at ``snapshot.index`` takes the place of what came before it.
+
+        Of that, ``commit_index`` tells what was committed.
+        """
+        self._remember(commit_index)
         later = [change for change in self._changes if change[0] > snapshot.index]
         self._changes = [(snapshot.membership_index, snapshot.membership), *later]
+
+    def _remember(self, commit_index: int) -> None:
+        if self.admitted_index is None:
+            mine = (i for i, m in self._changes if i <= commit_index and m.get(self._member_id))
+            self.admitted_index = next(mine, None)

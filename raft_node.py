@@ -46,7 +46,6 @@ from raft_core import (
     EntriesOnDisk,
     MembershipChangeRefusedError,
     NotLeaderError,
-    RaftConfig,
     RaftCore,
     SnapshotDue,
     TooMuchUncommittedError,
@@ -65,6 +64,7 @@ from raft_types import (
     MemberId,
     Membership,
     Message,
+    RaftConfig,
     Ready,
     Role,
 )

@@ -97,6 +97,11 @@ class Progress:
         self._inflight.clear()
         self._inflight_bytes = 0
 
+    @property
+    def is_receiving_snapshot(self) -> bool:
+        """Whether the driver is at sending a state to it."""
+        return self.state is ProgressState.SNAPSHOT and not self.snapshot_due
+
     def need_snapshot(self) -> None:
         """The log no longer holds ``next_index``."""
         self.probe_from(self.next_index)

@@ -58,7 +58,37 @@ class Identity(NamedTuple):
     node_id: str
 
 
+# ---- Settings ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class RaftConfig:
+    """Times in ticks, sizes in bytes."""
+
+    heartbeat_ticks: int
+    # A timeout is drawn anew from min..max for each election (paper 5.2).
+    election_ticks_min: int
+    election_ticks_max: int
+    # The pause instead of a timeout once the leader's process is known to be dead; it doubles with
+    # each attempt that fails.
+    dead_leader_ticks_min: int = 2
+    dead_leader_ticks_max: int = 15
+    append_bytes_max: int = 1024 * 1024
+    # Proposals beyond this wait for commits (raft-traps T34).
+    uncommitted_bytes_max: int = 128 * 1024 * 1024
+    # A learner that is not heard of for so long is dropped, unless it is to stay a learner.
+    learner_ticks_max: int = 6000
+
+    def __post_init__(self) -> None:
+        if not 0 < self.heartbeat_ticks < self.election_ticks_min <= self.election_ticks_max:
+            raise ValueError("needs 0 < heartbeat < election min <= election max, in ticks")
+
+
 # ---- Membership --------------------------------------------------------------------------------
+
+# Every commit waits for a majority; more than three failures at once are not tolerated by adding
+# voters but by keeping copies elsewhere.
+VOTERS_MAX = 7
 
 
 class Member(NamedTuple):
@@ -70,6 +100,7 @@ class Member(NamedTuple):
     port: int  # clients
     peer_port: int
     voter: bool  # False: a learner, which holds the data but has no vote (thesis 4.2.1)
+    stays_learner: bool = False  # a read copy, which is never given a vote
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +146,13 @@ class Membership:
         return reached[self.quorum - 1] if reached else 0
 
     def objection_to(self, newcomer: Member) -> str:
-        """Why a new member can't be added, for a person; "" if it can."""
-        for member in self.members:
+        """Why a member can't be added or have these addresses, for a person; "" if it can."""
+        others = [m for m in self.members if m.member_id != newcomer.member_id]
+        if sum(not m.stays_learner for m in others) >= VOTERS_MAX and not newcomer.stays_learner:
+            return (
+                f"a cluster has at most {VOTERS_MAX} voters; a learner that stays one can be added"
+            )
+        for member in others:
             if member.node_id == newcomer.node_id:
                 return (
                     f"the name {newcomer.node_id} is taken by member {member.member_id} at "
@@ -126,6 +162,18 @@ class Membership:
             if (member.host, member.port) == (newcomer.host, newcomer.port):
                 return f"the address {member.host}:{member.port} is taken by {member.node_id}"
         return ""
+
+    def objection_to_leaving(self, member_id: MemberId) -> str:
+        """Why this member can't be removed, for a person; "" if it can."""
+        if self.get(member_id) is None:
+            return f"there is no member {member_id}"
+        if self.voters == (member_id,):
+            return "it is the only voter: without it there is no cluster"
+        return ""
+
+    def without_member(self, member_id: MemberId) -> Membership:
+        """This membership without the one of this id."""
+        return Membership(tuple(m for m in self.members if m.member_id != member_id))
 
     def with_member(self, member: Member) -> Membership:
         """This membership with ``member`` added, or put in place of the one with the same id."""

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from raft_core import EntriesOnDisk, RaftConfig, RaftCore, SnapshotDue
+from raft_core import EntriesOnDisk, RaftCore, SnapshotDue
 from raft_log import WINDOW_BYTES_MAX, RaftLog, entry_bytes
 from raft_types import (
     AppendEntries,
@@ -26,6 +26,7 @@ from raft_types import (
     MemberId,
     Membership,
     Message,
+    RaftConfig,
     Role,
     Snapshot,
     SnapshotChunk,
@@ -40,9 +41,9 @@ from raft_types import (
 CONFIG = RaftConfig(heartbeat_ticks=3, election_ticks_min=10, election_ticks_max=20)
 
 
-def member(name: str, *, voter: bool = True) -> Member:
+def member(name: str, *, voter: bool = True, stays_learner: bool = False) -> Member:
     """The member of this name, which is its id too."""
-    return Member(name, name, "127.0.0.1", 7000, 8000, voter)
+    return Member(name, name, "127.0.0.1", 7000, 8000, voter, stays_learner)
 
 
 def membership(voters: Iterable[str], learners: Iterable[str] = ()) -> Membership:
@@ -110,6 +111,7 @@ class SimDisk:
         # The founding membership stands as if before the first entry; it has no members for a
         # server that joins later.
         self.state = SimState(Snapshot(0, 0, founding, 0), ())
+        self.admitted_index: int | None = None  # what the cluster answered when asked to be added
 
     # ---- What the driver does ----
 
@@ -190,9 +192,12 @@ class SimDisk:
             window_bytes_max=window_bytes_max,
         )
         memberships = [(membership_index, members), *(c for c in changes if c[0] > index)]
-        return RaftCore(
+        core = RaftCore(
             member_id, config, log, self.hard_state, memberships, rng, commit_index=index
         )
+        if self.admitted_index is not None:
+            core.admitted_at(self.admitted_index)
+        return core
 
     # ---- What a test wants to know ----
 
@@ -398,11 +403,11 @@ def describe(message: Message) -> str:
             answer = "yes" if message.granted else "no"
             return f"{head}: {'would vote' if message.pre_vote else 'votes'} {answer}"
         case SnapshotChunk():
-            last = ", the last" if message.is_last else ""
-            size = f"{len(message.data)} bytes from {message.offset}"
-            return f"{head}: chunk of state {message.snapshot_id}, {size}{last}"
+            place = "last" if message.is_last else "next" if message.offset else "first"
+            return f"{head}: the {place} chunk of state {message.snapshot_id}"
         case SnapshotReply(outcome=SnapshotOutcome.MORE):
-            return f"{head}: has {message.received_bytes} bytes of state {message.snapshot_id}"
+            what = "more" if message.received_bytes else "the beginning"
+            return f"{head}: asks for {what} of state {message.snapshot_id}"
         case SnapshotReply():
             outcome = message.outcome.name.lower()
             return f"{head}: state {message.snapshot_id} is {outcome}"

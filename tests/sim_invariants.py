@@ -23,6 +23,7 @@ Called by ``sim_raft.py``, which makes up the weather.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Protocol
 
 from raft_core import RaftCore
@@ -64,16 +65,13 @@ class Watched:
         self.applied = list(disk.state.entries)  # the state machine
         self.truncated_count = 0
         self.match: dict[MemberId, int] = {}
-        # What is in force before the first change in the log.
-        first = disk.state.snapshot
-        self.founding = first.membership if first.membership_index == 0 else Membership()
 
     def membership_at(self, index: int) -> tuple[int, Membership]:
         """What the log says up to ``index``, and where it says so."""
         for entry in reversed(self.log[:index]):
             if entry.kind is EntryKind.MEMBERSHIP:
                 return entry.index, Membership.decode(entry.data)
-        return 0, self.founding
+        return 0, Membership()
 
     @property
     def applied_index(self) -> int:
@@ -94,10 +92,12 @@ class Cluster(Protocol):
 class Invariants:
     """What is known of the whole cluster since the beginning."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, founders: Iterable[MemberId]) -> None:
         self._cluster = cluster
         self.counts: Counter[str] = Counter()  # what has happened, so that a test can ask for it
         self.committed: list[Entry] = []
+        self.removed: set[MemberId] = set()  # by a committed change
+        self._members = set(founders)  # by the last one
         self._committed_in: list[int] = []  # the term of the leader that committed it
         self._leader_of: dict[int, MemberId] = {}
         self._vote_of: dict[tuple[MemberId, int], MemberId] = {}
@@ -125,6 +125,11 @@ class Invariants:
         if core.role is Role.LEADER:
             self._observe_leader(server)
         self._follow_commit(server)
+        if core.is_removed:
+            self.require(server.name in self.removed, f"{server.name} believes that it was removed")
+            self.require(
+                core.role is not Role.LEADER, f"4.2.2: {server.name} leads, though removed"
+            )
         server.term, server.role = core.term, core.role
 
     def _follow_log(self, server: Watched) -> None:
@@ -174,6 +179,8 @@ class Invariants:
         if server.role is not Role.LEADER or server.term != core.term:
             first = self._leader_of.setdefault(core.term, server.name)
             self.require(first == server.name, f"I1: {first} and {server.name} led {core.term}")
+            if server.disk.hard_state == (core.term, server.name):
+                self._on_vote(server, core.term, server.name)  # alone, it asked no one
             voters = core.membership.voters
             votes = [v for v in voters if self._vote_of.get((v, core.term)) == server.name]
             self.require(
@@ -187,10 +194,11 @@ class Invariants:
                 )
             server.match = {}
             self.counts["elections"] += 1
+        before, server.match = server.match, {}
         for member, progress in core.progress.items():
-            before = server.match.get(member, 0)
-            self.require(progress.match_index >= before, f"I5: match of {member} went back")
             server.match[member] = progress.match_index
+            held = progress.match_index >= before.get(member, 0)
+            self.require(held, f"I5: match of {member} went back")
             self.require(progress.acked_round <= core.round, "thesis 6.4: an answer from before")
 
     def _follow_commit(self, server: Watched) -> None:
@@ -199,7 +207,9 @@ class Invariants:
         self.require(core.commit_index >= before, f"I5: {server.name}'s commit index went back")
         if core.commit_index == before:
             return
-        if core.role is Role.LEADER:
+        # It may have ended its leadership by this very commit (thesis 4.2.2).
+        led = server.role is Role.LEADER and server.term == core.term
+        if led or core.role is Role.LEADER:
             last = server.log[core.commit_index - 1]
             self.require(last.term == core.term, "paper 5.4.2: committed an old term by counting")
             holders = [v for v in core.membership.voters if self._has_synced(v, last)]
@@ -209,6 +219,10 @@ class Invariants:
             )
         for entry in server.log[before : core.commit_index]:
             if entry.index > len(self.committed):
+                self.require(
+                    led or core.role is Role.LEADER,
+                    f"I4: {server.name} commits what no leader did",
+                )
                 self._commit_first(server, entry)
             self.require(
                 self.committed[entry.index - 1] == entry,
@@ -218,10 +232,11 @@ class Invariants:
 
     def _commit_first(self, server: Watched, entry: Entry) -> None:
         term = server.core.term
-        self.require(
-            server.core.role is Role.LEADER, f"I4: {server.name} commits what no leader did"
-        )
         self.committed.append(entry)
+        if entry.kind is EntryKind.MEMBERSHIP:
+            members = {m.member_id for m in Membership.decode(entry.data).members}
+            self.removed |= self._members - members
+            self._members = members
         self._committed_in.append(term)
         for other in self._cluster.running():
             if other.core.role is Role.LEADER and other.core.term > term:
@@ -315,13 +330,11 @@ class Invariants:
             list(state.entries) == self.committed[:index] and state.entries[-1].term == term,
             f"section 7: {server.name}'s state at {index} is not what was committed",
         )
-        changes = [e for e in state.entries if e.kind is EntryKind.MEMBERSHIP]
-        if changes:
-            self.require(
-                membership == Membership.decode(changes[-1].data)
-                and membership_index == changes[-1].index,
-                f"section 7: {server.name}'s state at {index} has another membership",
-            )
+        last = [e for e in state.entries if e.kind is EntryKind.MEMBERSHIP][-1]
+        self.require(
+            (membership_index, membership) == (last.index, Membership.decode(last.data)),
+            f"section 7: {server.name}'s state at {index} has another membership",
+        )
 
     def on_open(self, snapshot_id: int, state: SimState) -> None:
         """A transfer of this state begins."""
@@ -331,11 +344,10 @@ class Invariants:
         """The core has just been told of a state that was installed here."""
         index, *_ = state.snapshot
         had_it = server.log[index - 1 : index] == [state.entries[-1]]
-        self.counts["logs kept" if had_it else "logs emptied"] += 1
+        what = "kept" if had_it else "emptied" if len(server.log) < index else "replaced"
+        self.counts[f"logs {what}"] += 1
         if not had_it:
             server.log = list(state.entries)
-        if state.snapshot.membership_index == 0:
-            server.founding = state.snapshot.membership
         server.truncated_count = server.core.truncated_count
         if index > server.applied_index:
             server.applied = list(state.entries)

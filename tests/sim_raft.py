@@ -5,9 +5,9 @@ Rule 2: time is a number; what is to happen stands in one queue, ordered by when
 Rule 3: what a disk did not sync is lost in a crash, or kept, or kept in part, as chance will.
 Rule 4: after every step of every server the invariants are checked (``sim_invariants.py``).
 
-A run is a storm (crashes, cuts, loss, duplicates, delays, slow disks, uneven clocks, clients, joining
-servers, logs cut short behind states on disk), then calm, in which the cluster must come to rest,
-then one follower cut off and returned.
+A run is a storm (crashes, cuts, loss, duplicates, delays, slow disks, uneven clocks, clients, servers
+that join and are removed, logs cut short behind states on disk), then calm, in which the cluster
+must come to rest, then one follower cut off and returned.
 
 ``python -m tests.sim_raft --seed 7`` prints the history of seed 7;
 ``python -m tests.sim_raft --seed 0 --count 1000`` runs a thousand quietly.
@@ -21,6 +21,7 @@ import random
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -28,15 +29,19 @@ from raft_core import (
     EntriesOnDisk,
     MembershipChangeRefusedError,
     NotLeaderError,
-    RaftConfig,
     RaftCore,
     SnapshotDue,
     TooMuchUncommittedError,
 )
 from raft_types import (
+    Entry,
+    EntryKind,
+    HardState,
+    Member,
     MemberId,
     Membership,
     Message,
+    RaftConfig,
     Ready,
     Role,
     Snapshot,
@@ -59,7 +64,7 @@ STORM_TICKS = 250.0
 # After the storm, in the longest election timeouts: until there is a leader, until all is equal.
 LEADER_TIMEOUTS = 5
 REST_TIMEOUTS = 10
-LEARNERS = "fg"
+JOINERS = "fghijklm"
 CHUNK_RETRY_TICKS = 8
 CHUNK_RETRIES_MAX = 5
 
@@ -106,7 +111,17 @@ def _config(rng: random.Random) -> RaftConfig:
         dead_leader_ticks_max=4,
         append_bytes_max=rng.choice((1, 60, 400)),  # 1: an entry a message
         uncommitted_bytes_max=rng.choice((200, 100_000)),
+        learner_ticks_max=rng.choice((40, 6000)),
     )
+
+
+def _founded(names: str) -> SimDisk:
+    """The disk of a founder: the log begins with the first membership."""
+    disk = SimDisk(Membership())
+    first = Entry(1, 1, EntryKind.MEMBERSHIP, membership(names).encode())
+    disk.write(HardState(1, None), [first])
+    disk.admitted_index = 1
+    return disk
 
 
 class SimServer(Watched):
@@ -139,10 +154,13 @@ class Simulation:
         self.tail_entries = self.rng.choice((0, 3, 20))  # kept in the log though the state has them
         self.chunk_bytes = self.rng.choice((200, 1000, 10_000))
         self.names = "abcde"[: self.rng.choice((3, 5))]
-        self.disks = {name: SimDisk(membership(self.names)) for name in self.names}
+        self.disks = {name: _founded(self.names) for name in self.names}
         self.servers: dict[MemberId, SimServer] = {}
+        self.joiners = list(JOINERS)  # who may still come
+        self.retired: set[MemberId] = set()  # who has heard that it was removed, and has ended
+        self.is_shrinking = self.rng.random() < 0.5  # members are removed, too
         self.cuts: set[tuple[MemberId, MemberId]] = set()  # one direction each
-        self.invariants = Invariants(self)
+        self.invariants = Invariants(self, self.names)
         self.counts: Counter[str] = self.invariants.counts
         self._trace = trace
         self._queue: list[tuple[float, int, Callable[..., None], tuple[object, ...]]] = []
@@ -168,8 +186,8 @@ class Simulation:
         self._at(self._pause(self.weather.fault_ticks), self._fault)
         self._at(self._pause(self.weather.client_ticks), self._client)
         if self._chance(0.5):
-            for name in LEARNERS:
-                self._at(self.rng.uniform(0, STORM_TICKS), self._join, name)
+            self._at(self.rng.uniform(0, STORM_TICKS), self._join_next)
+            self._at(self.rng.uniform(0, STORM_TICKS), self._join_next)
         self._run_until(STORM_TICKS)
         self._calm_down()
         self._settle()
@@ -204,9 +222,12 @@ class Simulation:
             if server is not None and not server.core.may_campaign:
                 self._crash(server)  # only a restart brings a distrusted state machine back
             self._restart(name)
+        for server in list(self.servers.values()):
+            self._connect(server, 1)
 
     def _settle(self) -> None:
-        """I15: soon a leader, then every learner promoted and all logs equal and applied."""
+        """I15: soon a leader; then every learner has its vote or stays one, all logs are equal and
+        applied, and who was removed has heard it."""
         self._wait(LEADER_TIMEOUTS, lambda: bool(self._leaders()), "no leader")
         self._wait(REST_TIMEOUTS, self._is_at_rest, "not at rest")
 
@@ -227,7 +248,10 @@ class Simulation:
             return False
         (leader,) = self._leaders()
         last_index = leader.core.log.last_index
-        return len(leader.core.membership.voters) == len(leader.core.membership.members) and all(
+        members = leader.core.membership.members
+        if {member.member_id for member in members} != self.servers.keys():
+            return False
+        return all(member.voter or member.stays_learner for member in members) and all(
             server.asleep_until <= self.now
             and server.core.leader_id == leader.name
             and server.log == leader.log
@@ -240,7 +264,14 @@ class Simulation:
         """I16: a follower that was cut off and comes back changes neither leader nor term."""
         (leader,) = self._leaders()
         term = leader.core.term
-        followers = [name for name in self.servers if name != leader.name]
+        followers = [
+            name
+            for name in self.servers
+            if name != leader.name
+            and leader.core.membership.has_quorum(self.servers.keys() - {name})
+        ]
+        if not followers:
+            return
         self._isolate(self.rng.choice(followers))
         self._run_until(self.now + 3 * self.config.election_ticks_max)
         self._heal()
@@ -266,12 +297,19 @@ class Simulation:
         self._say(f"{name} starts in term {core.term}, state at {core.commit_index}, log {held}")
         self._at(self.rng.uniform(0, 1), self._tick, server)
         self._at(self._pause(self.save_ticks), self._save, server)
-        for peer in self.servers.values():
+        for peer in list(self.servers.values()):
             if self._chance(0.7):
                 peer.core.link_up(name)
                 self._after(peer)
-            if self._chance(0.3) and self.weather is not CALM:
+            if self._chance(0.7) and self.weather is not CALM:
                 self._send_needless_state(peer, name)
+
+    def _connect(self, server: SimServer, chance: float) -> None:
+        """New connections to the others."""
+        for other in self.servers:
+            if other != server.name and self._chance(chance):
+                server.core.link_up(other)
+        self._after(server)
 
     def _sleeps(self, server: SimServer, action: Callable[..., None], *args: object) -> bool:
         """Whether the server can do nothing now; if so, the action comes when it wakes up."""
@@ -292,8 +330,14 @@ class Simulation:
         if (server.role, server.term) != (core.role, core.term):
             self._say(f"{server.name} is {core.role.value} of term {core.term}")
             if server.role is Role.LEADER and server.term == core.term:
-                self.counts["check-quorum"] += 1
+                self.counts["steps down"] += 1
         self.invariants.observe(server)
+        if core.is_removed:
+            self._retire(server)
+            return
+        for dropped in core.take_dropped():
+            self._say(f"{server.name} drops learner {dropped.node_id}")
+            self.counts["learners dropped"] += 1
         if not self._chance(self.weather.late):
             self._write(server)
         self._push(server)
@@ -304,6 +348,13 @@ class Simulation:
                 assert isinstance(token, int)
                 self._say(f"{server.name} allows read {token} at {index}")
                 self.invariants.on_read_given(token, index)
+
+    def _retire(self, server: SimServer) -> None:
+        self._say(f"{server.name} has heard that it was removed, and ends")
+        self.counts["removals heard"] += 1
+        self.retired.add(server.name)
+        server.up = False
+        del self.servers[server.name]
 
     def _sync_ticks(self) -> float:
         ticks = self.rng.uniform(0.01, self.weather.sync_ticks)
@@ -337,7 +388,7 @@ class Simulation:
             self._after(server)
 
     def _push(self, server: SimServer) -> None:
-        for peer in server.core.progress:
+        for peer in list(server.core.progress):
             if self._chance(self.weather.late):
                 continue
             while peer not in server.reading:
@@ -386,7 +437,7 @@ class Simulation:
         if self._chance(self.weather.slow):
             ticks += self.rng.uniform(1, self.weather.slow_ticks)  # a big state
         self._at(ticks, step, *args)
-        if self.weather is not CALM and self._chance(0.1):
+        if self._chance(0.1):
             self._at(self.rng.uniform(0, ticks), self._crash_for_a_while, server)
 
     def _save(self, server: SimServer) -> None:
@@ -559,6 +610,8 @@ class Simulation:
     def _heal(self) -> None:
         self._say("all links work")
         self.cuts.clear()
+        for server in list(self.servers.values()):
+            self._connect(server, 0.5)
 
     # ---- Faults ----
 
@@ -573,6 +626,9 @@ class Simulation:
             (self._mistake_for_dead, 2),
             (self._distrust, 1),
             (self._pause_one, 4),
+            (self._remove_one, 8 if self.is_shrinking else 0),
+            (self._move_one, 2),
+            (self._mistype_address, 2 if self.config.learner_ticks_max < STORM_TICKS else 0),
         ]
         chosen = self.rng.choices([f for f, _ in faults], [weight for _, weight in faults])[0]
         if self.weather is not CALM:
@@ -591,7 +647,7 @@ class Simulation:
             self._crash_for_a_while(server)
 
     def _crash_for_a_while(self, server: SimServer) -> None:
-        if server.up:
+        if server.up and self.weather is not CALM:
             self._crash(server)
             self._at(self.rng.uniform(0.1, 40), self._restart, server.name)
 
@@ -601,7 +657,7 @@ class Simulation:
             self._at(self.rng.uniform(0.1, 20), self._restart, server.name)
 
     def _restart(self, name: MemberId) -> None:
-        if name not in self.servers:
+        if name not in self.servers and name not in self.retired:
             self._start(name)
 
     def _crash(self, server: SimServer) -> None:
@@ -637,7 +693,7 @@ class Simulation:
             self._after(server)
 
     def _mistake_for_dead(self) -> None:
-        for server in self.servers.values():
+        for server in list(self.servers.values()):
             if server.core.leader_id is not None:
                 self._hear_of_death(server, server.core.leader_id)
 
@@ -703,21 +759,76 @@ class Simulation:
             self.counts[type(error).__name__] += 1
         self._after(server)
 
-    def _join(self, name: MemberId) -> None:
-        """Ask whoever leads until the new server is a member, as its operator would."""
-        if name not in self.disks:
+    # ---- Members that come and go ----
+
+    def _join_next(self) -> None:
+        if self.joiners:
+            name = self.joiners.pop(0)
+            newcomer = member(name, voter=False, stays_learner=self._chance(0.3))
             self.disks[name] = SimDisk(Membership())
             self._start(name)
-        leader = self.rng.choice(self._leaders() or [None])
-        if leader is not None and leader.core.membership.get(name) is None:
-            try:
-                leader.core.add_learner(member(name, voter=False))
-                self.counts["joins"] += 1
-                self._say(f"{leader.name} adds {name} as a learner")
-                self._after(leader)
-            except MembershipChangeRefusedError:
-                self.counts["join refused"] += 1
-        self._at(7, self._join, name)  # again and again: an uncommitted change may be lost
+            self._join(newcomer)
+
+    def _join(self, newcomer: Member) -> None:
+        """It asks whoever leads to be added, until it hears that it was."""
+        name = newcomer.member_id
+        server = self.servers.get(name)
+        if server is not None and name in self.invariants.removed:
+            self._retire(server)  # dropped before it had heard; an id never comes back
+            return
+        if server is not None and self.now >= server.asleep_until:
+            for leader in self._leaders():
+                self._ask_to_join(server, leader, newcomer)
+        if self.disks[name].admitted_index is None and name not in self.retired:
+            self._at(7, self._join, newcomer)
+
+    def _ask_to_join(self, server: SimServer, leader: SimServer, newcomer: Member) -> None:
+        core, name = leader.core, newcomer.member_id
+        index, members = core.membership_at(core.commit_index)
+        is_new = core.membership.get(name) is None
+        if members.get(name) is not None:
+            server.disk.admitted_index = index
+            server.core.admitted_at(index)
+        elif is_new and self._change(leader, partial(core.add_learner, newcomer)):
+            self.counts["joins"] += 1
+            self._say(f"{leader.name} adds {name} as a learner")
+
+    def _mistype_address(self) -> None:
+        """A learner that is nowhere: it must be dropped, or the cluster never comes to rest."""
+        for leader in self._leaders()[:1]:
+            nobody = member(f"nobody{next(self._requests)}", voter=False)
+            if self._change(leader, partial(leader.core.add_learner, nobody)):
+                self.counts["addresses mistyped"] += 1
+
+    def _remove_one(self) -> None:
+        for leader in self._leaders():
+            core = leader.core
+            name = self.rng.choice(core.membership.members).member_id
+            if core.membership.objection_to_leaving(name):
+                continue
+            if self._change(leader, partial(core.remove_member, name)):
+                self.counts["leader removes itself"] += name == leader.name
+                self.counts["removals"] += 1
+                self._say(f"{leader.name} removes {name}")
+                if self._chance(0.7):
+                    self._at(self.rng.uniform(0, 60), self._join_next)
+
+    def _move_one(self) -> None:
+        for leader in self._leaders():
+            core = leader.core
+            moved = self.rng.choice(core.membership.members)
+            moved = moved._replace(port=moved.port + 1)
+            if self._change(leader, partial(core.change_member, moved)):
+                self.counts["moves"] += 1
+
+    def _change(self, leader: SimServer, change: Callable[[], int]) -> bool:
+        try:
+            change()
+        except MembershipChangeRefusedError:
+            self.counts["change refused"] += 1
+            return False
+        self._after(leader)
+        return True
 
 
 def run(seed: int, trace: Callable[[str], None] | None = None) -> Counter[str]:

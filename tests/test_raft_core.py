@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import pytest
 
-from raft_core import NotLeaderError, RaftConfig, RaftCore
+from raft_core import NotLeaderError, RaftCore
 from raft_log import RaftLog
 from raft_types import (
     AppendReply,
@@ -20,6 +20,7 @@ from raft_types import (
     EntryKind,
     HardState,
     HashReport,
+    RaftConfig,
     Role,
     VoteReply,
     VoteRequest,

@@ -10,13 +10,14 @@ import random
 import pytest
 
 import raft_progress
-from raft_core import EntriesOnDisk, RaftConfig, RaftCore, TooMuchUncommittedError
+from raft_core import EntriesOnDisk, RaftCore, TooMuchUncommittedError
 from raft_log import RaftLog, entry_bytes
 from raft_types import (
     AppendReply,
     Entry,
     EntryKind,
     HardState,
+    RaftConfig,
     Role,
     VoteReply,
     VoteRequest,

@@ -338,6 +338,23 @@ def test_server_whose_log_does_not_meet_its_state_starts_without_the_log(
     assert (core.log.first_index, core.log.last_index, core.log.last_term) == (4, 3, 2), why
 
 
+def test_server_starts_in_the_term_of_its_state_if_a_crash_took_the_hard_state() -> None:
+    """The state was in place before the term in which it came was saved: no vote left in that term.
+
+    Source: paper figure 2 (a term never decreases).
+    """
+    disk = SimDisk(membership("abc"))
+    disk.write(HardState(2, "b"), log_of(1))
+    disk.save(SimState(snapshot_at(3, 4), tuple(log_of(1, 1, 4))))
+
+    core = disk.start("a", CONFIG, random.Random(1))
+
+    assert (core.term, core.voted_for) == (4, None)
+    ready = core.ready()
+    assert ready is not None
+    assert ready.hard_state == HardState(4, None)
+
+
 @pytest.mark.parametrize(
     ("last_index", "last_term", "granted"), [(5, 3, True), (9, 2, False), (4, 3, False)]
 )

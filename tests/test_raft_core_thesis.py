@@ -1,7 +1,7 @@
-"""Raft by the thesis: pre-vote, stickiness, check-quorum, linearizable reads, membership.
+"""Raft by the thesis: pre-vote, stickiness, check-quorum, linearizable reads.
 
 And the one thing that is ours: the shorter pause when the leader's process is known to be dead.
-The paper's rules are in ``test_raft_core.py``.
+The paper's rules are in ``test_raft_core.py``, membership is in ``test_raft_core_members.py``.
 """
 
 from __future__ import annotations
@@ -10,17 +10,13 @@ import pytest
 
 from raft_core import (
     DEAD_LEADER_ATTEMPTS_MAX,
-    MembershipChangeRefusedError,
     NotLeaderError,
-    RaftConfig,
     RaftCore,
 )
 from raft_types import (
     AppendEntries,
     AppendReply,
-    Entry,
-    EntryKind,
-    Membership,
+    RaftConfig,
     Role,
     VoteReply,
     VoteRequest,
@@ -33,8 +29,6 @@ from tests.raft_servers import (
     flush,
     lead,
     log_of,
-    member,
-    membership,
     replies,
     server,
     time_out,
@@ -606,240 +600,3 @@ def test_follower_refuses_a_read() -> None:
     """Only a leader can prove that it leads."""
     with pytest.raises(NotLeaderError):
         server().read_index("r")
-
-
-# ---- Membership (thesis 4) ---------------------------------------------------------------------
-
-
-def decoded(entry: Entry) -> Membership:
-    assert entry.kind is EntryKind.MEMBERSHIP
-    return Membership.decode(entry.data)
-
-
-def leader_with_learner() -> RaftCore:
-    """a, b, c vote; d has just been added and knows nothing."""
-    core = lead()
-    core.add_learner(member("d", voter=False))
-    flush(core)
-    for follower in "bc":
-        appends(core, follower)
-    acknowledge(core, "b", "c")
-    return core
-
-
-def test_learner_receives_the_log_and_does_not_count() -> None:
-    """Its copy makes no majority.
-
-    Source: thesis 4.2.1.
-    """
-    core = leader_with_learner()
-    index = core.propose([b"x"])
-    flush(core)
-    assert core.wants_append("d")
-
-    acknowledge(core, "d")
-    assert core.commit_index == index - 1
-    acknowledge(core, "b")
-
-    assert core.commit_index == index
-
-
-@pytest.mark.parametrize(("voters", "learners"), [("bc", "a"), ("bc", "")])
-def test_learner_and_stranger_never_campaign(voters: str, learners: str) -> None:
-    """Who has no vote does not stand; a fresh server waits to be added.
-
-    Source: thesis 4.2.1.
-    """
-    core = server(voters=voters, learners=learners)
-
-    tick(core, CONFIG.election_ticks_max * 5)
-
-    assert core.role is Role.FOLLOWER
-    assert flush(core) == []
-
-
-def test_votes_of_learners_and_strangers_are_not_counted() -> None:
-    """Only voters make a majority.
-
-    Source: thesis 4.2.1.
-    """
-    core = server(learners="d")
-    assert {message.to for message in time_out(core)} == {"b", "c"}
-
-    for voter in "dz":
-        core.step(VoteReply(voter, "a", 1, True, True))
-    assert (core.role, core.term) == (Role.PRE_CANDIDATE, 0)
-    replies(core, VoteReply("b", "a", 1, True, True))
-    for voter in "dz":
-        core.step(VoteReply(voter, "a", 1, True, False))
-
-    assert core.role is Role.CANDIDATE
-
-
-def test_votes_and_appends_are_taken_from_servers_outside_the_own_membership() -> None:
-    """The sender may be in a membership that this server has not received yet.
-
-    Source: thesis 4.1; raft-traps T62.
-    """
-    fresh = server("z", "")
-
-    assert replies(fresh, VoteRequest("q", "z", 1, 0, 0, False)) == [
-        VoteReply("z", "q", 1, True, False)
-    ]
-    fresh.step(AppendEntries("q", "z", 1, 0, 0, tuple(log_of(1)), 1, 1))
-
-    assert (fresh.leader_id, fresh.commit_index) == ("q", 1)
-
-
-def test_learner_is_promoted_once_a_round_took_less_than_a_timeout() -> None:
-    """The new voter must not hold up commits while it catches up.
-
-    Source: thesis 4.2.1; raft-traps T63.
-    """
-    core = leader_with_learner()
-    for _ in range(CONFIG.election_ticks_min + 1):  # its first round is slow
-        acknowledge(core, "b", "c")
-        core.tick()
-    before = core.log.last_index
-    acknowledge(core, "d")
-    core.tick()
-    assert core.log.last_index == before  # so it needs another one
-
-    acknowledge(core, "d")
-    core.tick()
-
-    assert core.membership == membership("abcd")
-    assert core.log.last_index == before + 1
-
-
-def test_learner_that_does_not_answer_is_not_promoted() -> None:
-    """A typo in its address must not cost the cluster a failure it could tolerate.
-
-    Source: raft-traps T63.
-    """
-    core = leader_with_learner()
-
-    for _ in range(CONFIG.election_ticks_max * 3):
-        acknowledge(core, "b", "c")
-        core.tick()
-
-    assert not core.membership.is_voter("d")
-
-
-def test_learner_that_died_after_catching_up_is_not_promoted() -> None:
-    """It caught up while another change was under way, and was not heard since.
-
-    Source: thesis 4.2.1; raft-traps T63.
-    """
-    core = leader_with_learner()
-    core.add_learner(member("e", voter=False))  # not committed: nothing else may change
-    flush(core)
-    acknowledge(core, "d")
-    for _ in range(CONFIG.election_ticks_min + 1):
-        acknowledge(core, "b", "c", index=core.commit_index)
-        core.tick()
-
-    acknowledge(core, "b", "c")
-    core.tick()
-
-    assert not core.membership.is_voter("d")
-
-
-def test_membership_takes_effect_when_it_is_appended() -> None:
-    """Not when it is committed, at the leader as at a follower.
-
-    Source: thesis 4.1; raft-traps T62.
-    """
-    leader = lead()
-    leader.add_learner(member("d", voter=False))
-    assert leader.membership == membership("abc", "d")
-    assert "d" in leader.progress
-
-    follower = server("b")
-    (message,) = appends(leader, "b")
-    prefix = leader.log.entries(1, 1 << 20) or ()
-    follower.step(AppendEntries("a", "b", 1, 0, 0, prefix, 0, 1))
-
-    assert message.entries == prefix[1:]
-    assert follower.membership == membership("abc", "d")
-
-
-def test_membership_is_rolled_back_when_its_entry_is_truncated() -> None:
-    """What was never committed never was.
-
-    Source: thesis 4.1; raft-traps T62.
-    """
-    core = server()
-    entry = Entry(1, 1, EntryKind.MEMBERSHIP, membership("abc", "d").encode())
-    core.step(AppendEntries("b", "a", 1, 0, 0, (entry,), 0, 1))
-    assert core.membership == membership("abc", "d")
-
-    other = Entry(1, 2, EntryKind.NOOP, b"")
-    core.step(AppendEntries("c", "a", 2, 0, 0, (other,), 0, 1))
-
-    assert core.membership == membership("abc")
-
-
-def test_membership_does_not_change_before_an_entry_of_the_own_term_is_committed() -> None:
-    """Without it two leaders could use majorities that do not meet.
-
-    Source: thesis 4.1 (as corrected, raft-dev 2015); raft-traps T61.
-    """
-    core = elect(server())
-    with pytest.raises(MembershipChangeRefusedError):
-        core.add_learner(member("d", voter=False))
-
-    acknowledge(core, "b")
-
-    assert core.add_learner(member("d", voter=False)) == 2
-
-
-def test_membership_changes_one_at_a_time() -> None:
-    """The next change waits until this one is committed.
-
-    Source: thesis 4.1; raft-traps T61.
-    """
-    core = lead()
-    core.add_learner(member("d", voter=False))
-    flush(core)
-    with pytest.raises(MembershipChangeRefusedError):
-        core.add_learner(member("e", voter=False))
-
-    acknowledge(core, "b")
-
-    assert core.add_learner(member("e", voter=False)) == 3
-
-
-def test_follower_refuses_a_change_of_membership() -> None:
-    """Only a leader appends."""
-    with pytest.raises(NotLeaderError):
-        server().add_learner(member("d", voter=False))
-
-
-def test_new_leader_promotes_a_learner_it_inherited() -> None:
-    """Catching up goes on under the next leader, and is measured anew.
-
-    Source: thesis 4.2.1.
-    """
-    core = lead(server(learners="d"))
-
-    core.tick()
-    (entry,) = core.log.entries(core.log.last_index, 1 << 20) or ()
-
-    assert decoded(entry) == membership("abcd")
-
-
-def test_uncommitted_promotion_counts_with_the_new_majority() -> None:
-    """Two of three were enough; of four it takes three.
-
-    Source: thesis 4.1.
-    """
-    core = lead(server(learners="d"))
-    core.tick()
-    flush(core)
-
-    acknowledge(core, "b")
-    assert core.commit_index == core.log.last_index - 1
-    acknowledge(core, "d")
-
-    assert core.commit_index == core.log.last_index

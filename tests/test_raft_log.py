@@ -320,7 +320,7 @@ def test_log_equals_a_plain_list_whatever_is_done_to_it(seed: int) -> None:
 
 def membership_log() -> MembershipLog:
     """a founded, b joined with entry 5, c with entry 9."""
-    return MembershipLog([(9, membership("abc")), (1, membership("a")), (5, membership("ab"))])
+    return MembershipLog("a", [(9, membership("abc")), (1, membership("a")), (5, membership("ab"))])
 
 
 def test_membership_log_knows_who_was_a_member_when() -> None:
@@ -335,7 +335,7 @@ def test_membership_log_knows_who_was_a_member_when() -> None:
 
 def test_membership_log_without_entries_has_no_members() -> None:
     """A server that waits to be added."""
-    log = MembershipLog([])
+    log = MembershipLog("a", [])
 
     assert (log.latest_index, log.latest) == (0, Membership())
 
@@ -358,7 +358,7 @@ def test_membership_log_takes_the_state_for_what_came_before_it() -> None:
     """Changes after it stay, until they are truncated."""
     log = membership_log()
 
-    log.restore(Snapshot(7, 2, membership("abx"), 6))
+    log.restore(Snapshot(7, 2, membership("abx"), 6), 7)
 
     assert log.at(7) == (6, membership("abx"))
     assert log.latest == membership("abc")

@@ -20,12 +20,13 @@ from pathlib import Path
 import pytest
 
 import raft_progress
-from raft_core import EntriesOnDisk, NotLeaderError, RaftConfig, RaftCore, SnapshotDue
+from raft_core import EntriesOnDisk, NotLeaderError, RaftCore, SnapshotDue
 from raft_types import (
     Entry,
     HardState,
     Membership,
     Message,
+    RaftConfig,
     Ready,
     Role,
     Snapshot,
@@ -66,6 +67,7 @@ class Server:
         self.core: RaftCore | None = self.disk.start(self.name, self.config, rng)
         self.writing: Ready | None = None
         self.told_role = (Role.FOLLOWER, self.core.term)
+        self.told_removed = False
         self.applied = list(self.disk.state.entries)
         self.sending: dict[str, Sending] = {}
         self.receiving = Receiving()
@@ -83,7 +85,7 @@ class Stage:
         self.transfers = 0
         self.silent = False  # events are told, messages are not
         self.sentences: list[tuple[str, Callable[..., None]]] = [
-            (r"servers ([\w ]+)(, one entry a message)?", self.found),
+            (r"servers ([\w ]+)(, one entry a message)?(, little patience)?", self.found),
             (r"(\w) in term (\d+) holds entries of terms ([\d ]+)", self.hold_entries),
             (r"(\w) is elected", self.elect),
             (r"(\w) times out", self.time_out),
@@ -97,7 +99,8 @@ class Stage:
             (r"heal", self.heal),
             (r"client writes (\w+) at (\w)", self.write),
             (r"client reads (\w+) at (\w)", self.read),
-            (r"(\w) joins at (\w)", self.join),
+            (r"(\w) joins at (\w)( by a wrong address)?", self.join),
+            (r"(\w) is removed at (\w)", self.remove),
             (r"(\w) crashes", self.crash),
             (r"(\w) crashes with the state in place", self.crash_in_install),
             (r"(\w) restarts", self.restart),
@@ -157,15 +160,21 @@ class Stage:
             )
             server.applied += entries
             self.trace.append(f"{server.name} commits {' '.join(map(describe_entry, entries))}")
+        if core.is_removed and not server.told_removed:
+            server.told_removed = True
+            self.trace.append(f"{server.name} knows that it was removed")
+        for dropped in core.take_dropped():
+            self.trace.append(f"{server.name} drops learner {dropped.node_id}")
         for index, tokens in core.take_reads():
             self.trace += [f"{server.name} may read {token} at {index}" for token in tokens]
 
     def _deliver(self, message: Message) -> None:
-        server = self.servers[message.to]
-        lost = frozenset((message.sender, message.to)) in self.cuts or server.core is None
+        server = self.servers.get(message.to)
+        is_down = server is None or server.core is None
+        lost = is_down or frozenset((message.sender, message.to)) in self.cuts
         if not self.silent:
             self.trace.append(f"{'lost: ' if lost else ''}{describe(message)}")
-        if not lost and server.core is not None:
+        if not lost and server is not None and server.core is not None:
             server.core.step(message)
             if isinstance(message, SnapshotChunk):
                 self._take_chunk(server, server.core, message)
@@ -222,9 +231,10 @@ class Stage:
 
     # ---- Sentences: servers ----
 
-    def found(self, names: str, small: str | None) -> None:
+    def found(self, names: str, small: str | None, impatient: str | None) -> None:
         """A cluster of these voters, nothing written yet."""
         config = replace(CONFIG, append_bytes_max=1) if small else CONFIG
+        config = replace(config, learner_ticks_max=30) if impatient else config
         for name in names.split():
             self.servers[name] = Server(name, SimDisk(membership(names.split())), config)
 
@@ -324,10 +334,16 @@ class Stage:
         self._core(name).leader_died(dead)
         self._work(self.servers[name])
 
-    def join(self, name: str, leader: str) -> None:
-        """A fresh server is added as a learner."""
-        self.servers[name] = Server(name, SimDisk(Membership()), CONFIG)
+    def join(self, name: str, leader: str, wrong: str | None) -> None:
+        """A fresh server is added as a learner; or none is where it was said to be."""
+        if not wrong:
+            self.servers[name] = Server(name, SimDisk(Membership()), CONFIG)
         self._core(leader).add_learner(member(name, voter=False))
+        self._work(self.servers[leader])
+
+    def remove(self, name: str, leader: str) -> None:
+        """A member is to belong to the cluster no more."""
+        self._core(leader).remove_member(name)
         self._work(self.servers[leader])
 
     # ---- Sentences: messages ----

@@ -37,6 +37,7 @@ LAYERS = {
         "kv_client",
         "raft_audit",
         "raft_core",
+        "raft_members",
         "raft_progress",
         "raft_status",
         "raft_transport",
@@ -53,6 +54,8 @@ SAME_LAYER_ALLOWED = {
     ("kv_types", "kv_errors"),  # an error is a reply
     ("state_db", "kv_store"),  # what is on disk is believed only as a store with the right hash
     ("raft_core", "raft_progress"),  # a follower's progress is carved out of the core for its size
+    ("raft_core", "raft_members"),  # so is what a leader does about members
+    ("raft_members", "raft_progress"),
     ("kv_store_server", "kv_session"),  # one connection is carved out of the server for its size
     ("example_client", "cluster_manager"),  # the failover demo starts and kills nodes
 }
@@ -66,6 +69,7 @@ SERVER_MODULES = {
     "raft_core",
     "raft_frames",
     "raft_log",
+    "raft_members",
     "raft_node",
     "raft_progress",
     "raft_status",
@@ -89,6 +93,7 @@ PURE = (
     "kv_store",
     "raft_audit",
     "raft_core",
+    "raft_members",
     "raft_progress",
 )
 IMPURE_IMPORTS = {
