@@ -45,6 +45,8 @@ PEER_PORT_OFFSET: Final = 10_000  # as Redis Cluster's bus port
 LOCAL_PORTS: Final = (6379, 6380, 6381)  # where a node without --join looks for its cluster
 # Redis bounds one argument by 512 MiB (proto-max-bulk-len); a peer frame has to carry it too.
 REQUEST_BYTES_RANGE: Final = (1024, 512 * 1024**2)
+LOG_BYTES_MIN: Final = 1024**2
+MEMORY_DIR: Final = Path("/dev/shm")  # Linux' file system without a disk
 # Two chances to hear the primary before a campaign: one lost heartbeat is no failure.
 HEARTBEATS_PER_ELECTION_TIMEOUT_MIN: Final = 2
 
@@ -64,7 +66,10 @@ class Settings:
     peer_port: int
     primary: bool
     join: tuple[Address, ...]  # never its own address
-    data_dir: Path
+    data_dir: Path  # with ``in_memory`` in a file system that has no disk
+    in_memory: bool
+    learner: bool
+    restore_from: Path | None
     replication: Replication
     fsync: Fsync
     read_mode: ReadMode
@@ -74,6 +79,7 @@ class Settings:
     max_clients: int
     request_bytes_max: int
     memory_bytes_max: int  # 0: no limit
+    log_bytes_max: int
     log_level: LogLevel
     log_format: LogFormat
     config: Path | None
@@ -137,8 +143,17 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "data-dir",
         "DIR",
         "",
-        "where the log is kept; one directory a node",
+        "where log and state are kept; one directory a node",
         derived="data/NODE-ID",
+    ),
+    Setting(
+        _NODE,
+        "in-memory",
+        "",
+        "false",
+        f"keep nothing on disk (but in {MEMORY_DIR}): the data is safe while a majority of the nodes "
+        "lives; a node that is started again comes back as a new member",
+        (bool,),
     ),
     Setting(
         _CLUSTER,
@@ -157,6 +172,23 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "client addresses through which to find the cluster; its own may be among them",
         (str, list),
         "the ports 6379, 6380 and 6381 of this host, other than its own",
+    ),
+    Setting(
+        _CLUSTER,
+        "learner",
+        "",
+        "false",
+        "join as a read copy that never votes; no effect on a node that is a member already",
+        (bool,),
+    ),
+    Setting(
+        _CLUSTER,
+        "restore-from",
+        "FILE",
+        "",
+        "with --primary and an empty data directory: found a new cluster that begins with the state "
+        "of this backup",
+        derived="none",
     ),
     Setting(
         _PROMISE,
@@ -213,6 +245,15 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "SIZE",
         "0",
         "size of the data, beyond which writes are refused; 0 is no limit",
+        (int, str),
+    ),
+    Setting(
+        _LIMITS,
+        "max-log",
+        "SIZE",
+        "64MiB",
+        "size of the log on disk, from 1MiB, beyond which the state is written and the log cut; a "
+        "node that is further behind is sent the state instead",
         (int, str),
     ),
     Setting(_OUTPUT, "log-level", "|".join(LOG_LEVELS), "info", "what is logged, to stderr"),
@@ -397,6 +438,8 @@ def _build(values: _Values) -> Settings:
     local = tuple((advertise_host, other) for other in LOCAL_PORTS)
     join = values.get_or("join", _addresses, local)
     election_timeout_min_s, election_timeout_max_s = values.get("election-timeout", _seconds_range)
+    in_memory = values.get("in-memory", _boolean)
+    home = MEMORY_DIR / f"kv-store-{port}" if in_memory else Path("data")
     return Settings(
         node_id=node_id,
         host=host,
@@ -405,7 +448,10 @@ def _build(values: _Values) -> Settings:
         peer_port=values.get_or("peer-port", _port, port + PEER_PORT_OFFSET),
         primary=values.get("primary", _boolean),
         join=tuple(address for address in join if address != (advertise_host, port)),
-        data_dir=values.get_or("data-dir", Path, Path("data", node_id)),
+        data_dir=values.get_or("data-dir", Path, home / node_id),
+        in_memory=in_memory,
+        learner=values.get("learner", _boolean),
+        restore_from=values.get_or("restore-from", Path, None),
         replication=values.get("replication", _one_of(REPLICATIONS)),
         fsync=values.get("fsync", _one_of(FSYNCS)),
         read_mode=values.get("read-mode", _one_of(READ_MODES)),
@@ -415,6 +461,7 @@ def _build(values: _Values) -> Settings:
         max_clients=values.get("max-clients", _count),
         request_bytes_max=values.get("max-request-bytes", parse_size),
         memory_bytes_max=values.get("max-memory", parse_size),
+        log_bytes_max=values.get("max-log", parse_size),
         log_level=values.get("log-level", _one_of(LOG_LEVELS)),
         log_format=values.get("log-format", _one_of(LOG_FORMATS)),
         config=values.get_or("config", Path, None),
@@ -443,6 +490,12 @@ def _check_relations(settings: Settings) -> None:
             f"--election-timeout: MIN is {shortest_s:g} s, but with --heartbeat-interval "
             f"{settings.heartbeat_interval_s:g} it has to be {needed_s:g} s or more"
         )
+    if settings.in_memory and settings.data_dir.parent.parent != MEMORY_DIR:
+        raise ConfigError("--in-memory keeps nothing on disk: give it or --data-dir, not both")
+    if settings.restore_from is not None and not settings.primary:
+        raise ConfigError("--restore-from founds a cluster: give --primary too")
+    if settings.log_bytes_max < LOG_BYTES_MIN:
+        raise ConfigError(f"--max-log: {settings.log_bytes_max} is less than {LOG_BYTES_MIN}")
     low, high = REQUEST_BYTES_RANGE
     if not low <= settings.request_bytes_max <= high:
         raise ConfigError(

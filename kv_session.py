@@ -29,6 +29,7 @@ from functools import partial
 from typing import Final
 
 import kv_commands
+import kv_members
 from kv_config import Settings
 from kv_errors import (
     BadRequestError,
@@ -42,10 +43,8 @@ from kv_protocol import Item, RequestParser, encode_line, encode_reply, line_key
 from kv_store import ExpiredKeysError, KeyValueStore, purge_request
 from kv_types import OK, Reply, SimpleString, Verbatim
 from raft_node import RaftNode
-from raft_status import NodeStatus, Pending
-from raft_types import Member, MemberId
+from raft_status import Pending
 
-VERSION: Final = "0.1.0"
 # What Redis' clients take this server for; newer numbers make some ask for more than there is.
 REDIS_VERSION: Final = "7.0.15"
 HOLD_S: Final = 1.5
@@ -224,6 +223,11 @@ class Session:
         out: list[bytes] = []
         size_bytes = position = 0
         while position < len(items) and not self.closing:
+            if _is_backup(items[position]):
+                self.closing = True
+                yield b"".join(out)
+                yield from kv_members.backup(self.node)
+                return
             count = len(out)
             position = self._answer_run(items, position, out)
             size_bytes += sum(map(len, out[count:]))
@@ -666,7 +670,7 @@ class Session:
         return {
             "Server": {
                 "redis_version": REDIS_VERSION,
-                "kvstore_version": VERSION,
+                "kvstore_version": kv_members.VERSION,
                 "redis_mode": "standalone",
                 "os": platform.system(),
                 "arch_bits": 64,
@@ -704,83 +708,29 @@ class Session:
         }
 
     def _status(self, argv: Argv) -> Reply:
-        return json.dumps(self.status_fields()).encode()
+        fields = kv_members.status_fields(
+            self.node, self.store, self.service.settings, self.service.started_s
+        )
+        return json.dumps(fields).encode()
 
     def _cluster(self, argv: Argv) -> Reply:
         if len(argv) > 1:
             raise BadRequestError("only CLUSTER without a subcommand is known so far")
-        return json.dumps(self.cluster_fields()).encode()
-
-    def status_fields(self) -> dict[str, object]:
-        """What STATUS answers."""
-        return self._status_of(self.node.status())
-
-    def cluster_fields(self) -> dict[str, object]:
-        """What CLUSTER answers: STATUS, and the members."""
-        status = self.node.status()
-        fields = self._status_of(status)
-        fields["members"] = [
-            {
-                "node_id": m.member.node_id,
-                "member_id": m.member.member_id,
-                "host": m.member.host,
-                "port": m.member.port,
-                "peer_port": m.member.peer_port,
-                "role": "PRIMARY"
-                if m.is_primary
-                else ("SECONDARY" if m.member.voter else "LEARNER"),
-                "voter": m.member.voter,
-                "match_index": m.match_index,
-                "lag": m.lag,
-                "link": m.link,
-            }
-            for m in status.members
-        ]
-        return fields
-
-    def _status_of(self, status: NodeStatus) -> dict[str, object]:
-        primary = status.primary
-        return {
-            "status": "OK",
-            "node_id": status.identity.node_id,
-            "member_id": status.identity.member_id,
-            "cluster_id": status.identity.cluster_id,
-            "role": status.role,
-            "term": status.term,
-            "primary": None if primary is None else _address(primary),
-            "commit_index": status.commit_index,
-            "applied_index": status.applied_index,
-            "last_index": status.last_index,
-            "state_hash": f"{status.state_hash:016x}",
-            "keys": len(self.store),
-            "voters": status.voters,
-            "failures_tolerated": status.failures_tolerated,
-            "trouble": status.trouble or None,
-            "memory_bytes": self.store.memory_bytes,
-            "uptime_seconds": round(time.monotonic() - self.service.started_s, 1),
-            "version": VERSION,
-        }
+        fields = kv_members.cluster_fields(
+            self.node, self.store, self.service.settings, self.service.started_s
+        )
+        return json.dumps(fields).encode()
 
     def _member(self, argv: Argv) -> Reply:
-        """``MEMBER JOIN node-id member-id host port peer-port``, which a new node sends."""
-        if argv[1].upper() != b"JOIN":
-            raise BadRequestError("only MEMBER JOIN is known so far")
-        if len(argv) != 7:
-            raise kv_commands.wrong_arity("member|join")
-        try:
-            node_id, member_id, host = (arg.decode("ascii") for arg in argv[2:5])
-        except UnicodeDecodeError:
-            raise BadRequestError("names and addresses are ASCII") from None
-        port, peer_port = map(kv_commands.parse_int, argv[5:7])
-        newcomer = Member(
-            _checked_member_id(member_id), node_id, host, port, peer_port, voter=False
-        )
-        added: list[object] = []
-        error = self._held(lambda: added.append(self.node.add_member(newcomer)))
-        if error is not None:
-            raise error
-        identity = self.node.identity
-        return json.dumps({"cluster_id": identity.cluster_id, "node_id": identity.node_id}).encode()
+        return self._held_reply(lambda: kv_members.change_members(self.node, argv))
+
+    def _failover(self, argv: Argv) -> Reply:
+        return self._held_reply(lambda: kv_members.fail_over(self.node, argv))
+
+    def _held_reply(self, attempt: Callable[[], Reply]) -> Reply:
+        replies: list[Reply] = []
+        error = self._held(lambda: replies.append(attempt()))
+        return error or replies[0]
 
     def _help(self, argv: Argv) -> Reply:
         wanted = {arg.upper().decode(errors="replace") for arg in argv[1:]}
@@ -816,6 +766,7 @@ _LOCAL: Final[Mapping[str, Callable[[Session, Argv], Reply]]] = {
     "STATUS": Session._status,
     "CLUSTER": Session._cluster,
     "MEMBER": Session._member,
+    "FAILOVER": Session._failover,
     "HELP": Session._help,
 }
 
@@ -826,14 +777,8 @@ def _checked_name(name: bytes) -> bytes:
     return name
 
 
-def _checked_member_id(member_id: str) -> MemberId:
-    if len(member_id) != 16 or set(member_id) - set("0123456789abcdef"):
-        raise BadRequestError("a member id is 16 hex digits")
-    return member_id
-
-
-def _address(member: Member) -> dict[str, object]:
-    return {"node_id": member.node_id, "host": member.host, "port": member.port}
+def _is_backup(item: Item) -> bool:
+    return not isinstance(item, KVError) and [word.upper() for word in item] == [b"BACKUP"]
 
 
 def _size_bytes(reply: Reply) -> int:
@@ -933,5 +878,6 @@ _LINE_REPLIES: Final[Mapping[str, Callable[[Argv, Reply, int], Mapping[str, obje
     "STATUS": _line_json,
     "CLUSTER": _line_json,
     "MEMBER": _line_json,
+    "FAILOVER": _line_json,
     "HELP": _line_help,
 }

@@ -10,7 +10,8 @@ the heartbeats (raft-traps T67).
 Rule 3: a bug ends the process loudly; a client's mistake ends at most its own connection.
 
 Exit status: 0 stopped by a signal, 1 a fault (it may be started again), 2 wrong settings, 78 its
-data or its name are not right here (starting it again can't help).
+data or its name are not right here (starting it again can't help), 79 it was removed from the
+cluster.
 
 Threads: ``main`` waits for signals, ``accept-clients`` accepts, ``read-clients`` reads what is
 answered at once, ``client-N`` serves one connection where that takes longer. The rest are of ``raft_node.py``. Read on in ``kv_session.py``.
@@ -19,11 +20,13 @@ answered at once, ``client-N`` serves one connection where that takes longer. Th
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
 import json
 import logging
 import os
 import select
+import shutil
 import signal
 import socket
 import socketserver
@@ -32,13 +35,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import kv_commands
-from kv_config import Address, ConfigError, Settings, parse_settings
-from kv_session import VERSION, Batch, Service, Session
+from kv_config import (
+    EXIT_CONFIG,
+    EXIT_REMOVED,
+    Address,
+    ConfigError,
+    Settings,
+    parse_settings,
+)
+from kv_errors import KVError
+from kv_members import VERSION, memory_trouble
+from kv_session import Batch, Service, Session
 from kv_store import KeyValueStore, purge_request
-from raft_node import NodeConfig, RaftNode, found_cluster
-from raft_status import NodeRole
+from raft_node import RaftNode
+from raft_snapshots import fit_log, found_cluster, restore_backup, snapshot_of
+from raft_status import NodeConfig, NodeRole
 from raft_transport import (
     PeerListener,
     PeerPortError,
@@ -49,19 +63,20 @@ from raft_types import Identity, Member, new_id
 from raft_types import Member as NodeInfo
 from replication_log import ReplicationLog
 from replication_log_format import DataDirError
+from state_db import StateDb, StateDbError
 
 __all__ = ["KeyValueStore", "NodeInfo", "NodeRole", "ReplicationLog", "TCPServer", "main"]
 
 log = logging.getLogger(__name__)
 
 EXIT_FAULT = 1
-EXIT_CONFIG = 78  # EX_CONFIG of sysexits.h: whoever restarts us should not
 RECEIVE_BYTES = 64 * 1024
 READY_MAX = 256  # connections that become one batch
 STUCK_S = 1.0
 # A request that has begun must go on within this, and a reply be read: else the thread is free.
 STALL_S = 60
 JOIN_INTERVAL_S = 0.5
+WATCH_INTERVAL_S = 0.5
 JOIN_TIMEOUT_S = 5.0
 PURGE_KEYS_MAX = 500
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -362,15 +377,22 @@ def open_identity(disk: ReplicationLog, node_id: str) -> Identity:
     return identity
 
 
-def enter_cluster(disk: ReplicationLog, me: Member, settings: Settings) -> Identity:
+def enter_cluster(disk: ReplicationLog, state: StateDb, me: Member, settings: Settings) -> Identity:
     """Found a cluster or join one, on the first start; returns the identity, now complete.
 
     The cluster id is saved last. So a log with entries but no cluster id is a founding that was
     interrupted, which nobody else has heard of yet: it is finished.
     """
-    if disk.recovered.last_index == 0 and disk.identity is not None:
+    if settings.restore_from is not None:
+        header = restore_backup(settings.restore_from, disk, state)
+        log.info("restored path=%s keys=%d", settings.restore_from, header.keys)
+        found_cluster(disk, me._replace(voter=True))
+        cluster_id = new_id()
+    elif disk.first_index > 1:
+        raise StartError("restoring a backup was interrupted here: give --restore-from once more")
+    elif disk.last_index == 0:
         cluster_id = join_cluster(me, settings)
-        if cluster_id is None:
+        if not cluster_id:
             found_cluster(disk, me._replace(voter=True))
             cluster_id = new_id()
             log.info("founded cluster=%s", cluster_id)
@@ -381,8 +403,18 @@ def enter_cluster(disk: ReplicationLog, me: Member, settings: Settings) -> Ident
     return identity
 
 
-def join_cluster(me: Member, settings: Settings) -> str | None:
-    """The id of the cluster that has taken us as a member; None: there is none, found one.
+def forget(directory: Path) -> None:
+    """Remove what an earlier process has left in memory, unless that still lives."""
+    with contextlib.suppress(FileNotFoundError), (directory / "lock").open("rb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return  # opening the log will say so
+        shutil.rmtree(directory)
+
+
+def join_cluster(me: Member, settings: Settings) -> str:
+    """The id of the cluster that has taken us as a member; "": there is none, found one.
 
     Waits until one is reached, unless ``--primary`` says to found one where there is none.
     Raises StartError if it does not want us.
@@ -404,12 +436,14 @@ def join_cluster(me: Member, settings: Settings) -> str | None:
                 )
             said = _say_once(said, f"waiting to join: {answer.get('message')}")
         if not reached and settings.primary:
-            return None
+            return ""
         if not reached:
             places = ", ".join(f"{host}:{port}" for host, port in settings.join)
             text = f"waiting for a cluster at {places} (one founds it with --primary)"
             said = _say_once(said, text)
-        if signal.sigtimedwait(STOP_SIGNALS, JOIN_INTERVAL_S) is not None:
+        # Not sigtimedwait: one that a SIGSTOP outlasts returns as if a signal had come.
+        time.sleep(JOIN_INTERVAL_S)
+        if signal.sigpending() & set(STOP_SIGNALS):
             raise SystemExit(0)  # there is nothing to stop yet
 
 
@@ -421,22 +455,29 @@ def _say_once(said: str, text: str) -> str:
 
 def _ask_to_join(address: Address, me: Member, *, redirects: int = 3) -> dict[str, object] | None:
     """What a node answers to MEMBER JOIN, following it to the primary; None: no node is there."""
-    line = f"MEMBER JOIN {me.node_id} {me.member_id} {me.host} {me.port} {me.peer_port}\n"
-    try:
-        with socket.create_connection(address, timeout=JOIN_TIMEOUT_S) as sock:
-            sock.sendall(line.encode())
-            with sock.makefile("rb") as lines:
-                answer = json.loads(lines.readline(64 * 1024))
-    except (OSError, ValueError) as error:
-        log.debug("no answer to joining from=%s:%d error=%s", *address, error)
-        return None
-    if not isinstance(answer, dict):
+    learner = " LEARNER" if me.stays_learner else ""
+    line = f"MEMBER JOIN {me.node_id} {me.member_id} {me.host} {me.port} {me.peer_port}{learner}"
+    answer = _ask(address, line)
+    if answer is None:
         return None
     primary = answer.get("primary")
     if answer.get("code") == "NOT_PRIMARY" and isinstance(primary, dict) and redirects:
         next_address = (str(primary["host"]), int(primary["port"]))
         return _ask_to_join(next_address, me, redirects=redirects - 1) or answer
     return answer
+
+
+def _ask(address: Address, line: str) -> dict[str, object] | None:
+    """What a node answers to a line; None: no node is there."""
+    try:
+        with socket.create_connection(address, timeout=JOIN_TIMEOUT_S) as sock:
+            sock.sendall(line.encode() + b"\n")
+            with sock.makefile("rb") as lines:
+                answer = json.loads(lines.readline(64 * 1024))
+    except (OSError, ValueError) as error:
+        log.debug("no answer from=%s:%d error=%s", *address, error)
+        return None
+    return answer if isinstance(answer, dict) else None
 
 
 # ---- The process -------------------------------------------------------------------------------
@@ -449,8 +490,12 @@ class Server:
         """Open the disk and the ports. Raises StartError."""
         self.settings = settings
         self._boot_id = new_id()
+        self._exit_status = 0
         try:
+            if settings.in_memory:
+                forget(settings.data_dir)
             self._disk = self._open_disk()
+            self._state = StateDb(settings.data_dir, fsync=settings.fsync == "always")
             identity = open_identity(self._disk, settings.node_id)
             self._clients = TCPServer(settings.host, settings.port)
             self._listener = PeerListener(
@@ -460,7 +505,7 @@ class Server:
                 lease_reads=settings.read_mode == "lease",
                 on_fatal=self._die,
             )
-        except (DataDirError, PeerPortError) as error:
+        except (DataDirError, StateDbError, PeerPortError) as error:
             raise StartError(str(error)) from error
         if not identity.cluster_id:
             me = Member(
@@ -470,16 +515,21 @@ class Server:
                 port=settings.port,
                 peer_port=settings.peer_port,
                 voter=False,
+                stays_learner=settings.learner,
             )
-            identity = enter_cluster(self._disk, me, settings)
-            self._disk.close()
-            self._disk = self._open_disk()
-        self.store = KeyValueStore()
+            identity = enter_cluster(self._disk, self._state, me, settings)
+            self._reopen_disk()
+        header, self.store = self._state.load()
+        snapshot = snapshot_of(header)
+        if fit_log(self._disk, snapshot):
+            self._reopen_disk()
         self.node = RaftNode(
             _node_config(settings),
             identity,
             self._disk,
+            self._state,
             self.store,
+            snapshot,
             self._listener,
             address=(settings.advertise_host, settings.peer_port),
             boot_id=self._boot_id,
@@ -490,7 +540,16 @@ class Server:
         self.service = Service(settings, self.node, self.store)
 
     def _open_disk(self) -> ReplicationLog:
-        return ReplicationLog(self.settings.data_dir, fsync=self.settings.fsync == "always")
+        return ReplicationLog(
+            self.settings.data_dir,
+            fsync=self.settings.fsync == "always",
+            segment_bytes_max=self.settings.log_bytes_max // 8,
+            tail_bytes_max=self.settings.log_bytes_max // 4,
+        )
+
+    def _reopen_disk(self) -> None:
+        self._disk.close()
+        self._disk = self._open_disk()
 
     def run(self) -> int:
         """Serve until SIGTERM or SIGINT; returns the exit status."""
@@ -507,14 +566,82 @@ class Server:
             self.node.identity.node_id,
             self.node.identity.member_id,
         )
+        threading.Thread(target=self._watch, name="node-watch", daemon=True).start()
         signal.sigwait(STOP_SIGNALS)
         log.info("stopping")
+        with contextlib.suppress(KVError):
+            # Its clients then wait for a moment instead of for an election.
+            self.node.hand_over(None)
         self._clients.shutdown()
         self._clients.server_close()
         self.node.stop()
         self._clients.close_clients()
+        self._state.close()
         self._disk.close()
-        return 0
+        return self._exit_status
+
+    def _watch(self) -> None:
+        """Thread node-watch: what nobody is told of, and so has to be looked for."""
+        try:
+            lonely_since_s = time.monotonic()
+            said = ""
+            while True:
+                time.sleep(WATCH_INTERVAL_S)
+                said = self._watch_memory(said)
+                me = self.node.membership.get(self.node.identity.member_id)
+                if me is not None and not self._is_at(me):
+                    self._tell_new_address(me)
+                if self.node.has_primary:
+                    lonely_since_s = time.monotonic()
+                lonely_s = time.monotonic() - lonely_since_s
+                is_long = lonely_s > 2 * self.settings.election_timeout_max_s
+                if self.node.is_removed or (is_long and self._others_removed_me()):
+                    log.error("this node was removed from the cluster: it ends")
+                    self._exit_status = EXIT_REMOVED
+                    os.kill(os.getpid(), signal.SIGTERM)  # which main waits for
+                    return
+        except BaseException as error:
+            self._die(error)
+            raise
+
+    def _watch_memory(self, said: str) -> str:
+        trouble = memory_trouble(self.store, self.settings.memory_bytes_max)
+        if bool(trouble) != bool(said):
+            log.warning("%s", trouble or "the data takes less than 80 % of --max-memory again")
+        return trouble
+
+    def _is_at(self, me: Member) -> bool:
+        """Whether the cluster knows where this node is now."""
+        here = self.settings
+        return (me.host, me.port, me.peer_port) == (
+            here.advertise_host,
+            here.port,
+            here.peer_port,
+        )
+
+    def _tell_new_address(self, me: Member) -> None:
+        here = self.settings
+        moved = me._replace(host=here.advertise_host, port=here.port, peer_port=here.peer_port)
+        for member in self.node.membership.members:
+            if member.member_id != me.member_id:
+                answer = _ask_to_join((member.host, member.port), moved)
+                if answer is not None and answer.get("status") == "OK":
+                    log.info("the cluster knows the new address of this node")
+                    return
+
+    def _others_removed_me(self) -> bool:
+        """Whether a primary says so: who was down when it was removed never hears of it by Raft."""
+        identity = self.node.identity
+        for member in self.node.membership.members:
+            answer = _ask((member.host, member.port), "CLUSTER")
+            if (
+                answer is not None
+                and answer.get("cluster_id") == identity.cluster_id
+                and answer.get("role") == NodeRole.PRIMARY
+                and isinstance(members := answer.get("members"), list)
+            ):
+                return all(m["member_id"] != identity.member_id for m in members)
+        return False
 
     def _die(self, error: BaseException) -> None:
         """A thread has died. Nothing that this process says can be trusted now: end it at once."""
@@ -537,6 +664,7 @@ def _node_config(settings: Settings) -> NodeConfig:
         election_timeout_max_s=settings.election_timeout_max_s,
         async_replication=settings.replication == "async",
         lease_reads=settings.read_mode == "lease",
+        log_bytes_max=settings.log_bytes_max,
     )
 
 

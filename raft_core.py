@@ -45,6 +45,7 @@ from raft_types import (
     SnapshotChunk,
     SnapshotOutcome,
     SnapshotReply,
+    TimeoutNow,
     VoteReply,
     VoteRequest,
 )
@@ -52,6 +53,14 @@ from raft_types import (
 
 class NotLeaderError(Exception):
     """This server does not lead; nothing was appended."""
+
+
+class TransferUnderWayError(Exception):
+    """The leadership is being handed over; nothing was appended."""
+
+
+class TransferRefusedError(Exception):
+    """The leadership can't be handed over; the text says why."""
 
 
 class TooMuchUncommittedError(Exception):
@@ -137,6 +146,8 @@ class RaftCore:
         self._term_first_index = 0  # the index of this leadership's no-op
         self._uncommitted: deque[tuple[int, int]] = deque()  # (last index, bytes) by proposal
         self._uncommitted_bytes = 0
+        self.transfer_target: MemberId | None = None  # who is to lead instead
+        self._transfer_ticks = 0
         self.round = 0  # heartbeat rounds begun in this leadership
         self._reads_waiting: list[Hashable] = []  # for a round that has not begun
         self._reads_in_round: list[Hashable] = []
@@ -168,6 +179,10 @@ class RaftCore:
         self._heartbeat_elapsed_ticks += 1
         if self._heartbeat_elapsed_ticks >= self.config.heartbeat_ticks:
             self._start_round()
+        if self.transfer_target is not None:
+            self._transfer_ticks += 1
+            if self._transfer_ticks >= self.config.election_ticks_min:
+                self.transfer_target = None  # it does not take over: go on (thesis 3.10)
         if not self.membership.has_quorum(self._followers.answering(self._now_ticks)):
             # Check-quorum: clients must not hang on a leader that is cut off (thesis 6.2).
             self._become_follower(self.term, None)
@@ -217,12 +232,13 @@ class RaftCore:
         self._followers.clear()
         self._uncommitted.clear()
         self._uncommitted_bytes = 0
+        self.transfer_target = None
         self._read_round = 0
         self._reads_waiting = []
         self._reads_in_round = []
         self._reads_done = []
 
-    def _campaign(self, *, pre_vote: bool) -> None:
+    def _campaign(self, *, pre_vote: bool, transfer: bool = False) -> None:
         """Ask for votes, or first whether an election could be won at all (thesis 9.6)."""
         self._votes = {}
         if pre_vote:
@@ -235,9 +251,9 @@ class RaftCore:
             self.role = Role.CANDIDATE
             self.term += 1
             self.voted_for = self.member_id  # counted in ``advance``, when it is on disk
-        self._ask_voters(pre_vote=pre_vote)
+        self._ask_voters(pre_vote=pre_vote, transfer=transfer)
 
-    def _ask_voters(self, *, pre_vote: bool) -> None:
+    def _ask_voters(self, *, pre_vote: bool, transfer: bool = False) -> None:
         for voter in self.membership.voters:
             if voter != self.member_id:
                 self._messages.append(
@@ -248,6 +264,7 @@ class RaftCore:
                         last_index=self.log.last_index,
                         last_term=self.log.last_term,
                         pre_vote=pre_vote,
+                        transfer=transfer,
                     )
                 )
 
@@ -264,6 +281,48 @@ class RaftCore:
         # Only an entry of its own term lets a leader commit what came before (paper 5.4.2) and
         # know the commit index that reads must reach (thesis 6.4).
         self._term_first_index = self._append(EntryKind.NOOP, [b""])
+
+    def give_way(self) -> None:
+        """Stop leading; another may, and this server again later."""
+        if self.role is Role.LEADER:
+            self._become_follower(self.term, None)
+
+    # ---- Leadership transfer (thesis 3.10) -----------------------------------------------------
+
+    def transfer_to(self, target: MemberId | None) -> None:
+        """Hand the leadership to a voter, or (None) to the one whose log is furthest.
+
+        Until it is over, new proposals are refused, so that everything can be committed first.
+        Raises NotLeaderError or TransferRefusedError.
+        """
+        if self.role is not Role.LEADER:
+            raise NotLeaderError
+        if not self.committed_in_own_term or self.transfer_target is not None:
+            raise TransferRefusedError("a change of leadership is under way; try again")
+        alive = [
+            voter
+            for voter in self._followers.answering(self._now_ticks)
+            if voter != self.member_id and self.membership.is_voter(voter)
+        ]
+        if target is None and alive:
+            target = max(alive, key=lambda voter: self.progress[voter].match_index)
+        if target not in alive:
+            raise TransferRefusedError("no other voter answers, or not the one that is named")
+        self.transfer_target = target
+        self._transfer_ticks = 0
+        self._go_on_with_transfer()
+
+    def _go_on_with_transfer(self) -> None:
+        """Tell the target to campaign once it has everything, and everything is committed."""
+        target = self.transfer_target
+        if target is None or self.commit_index < self.log.last_index:
+            return
+        if self.progress[target].match_index == self.log.last_index:
+            self._messages.append(TimeoutNow(self.member_id, target, self.term))
+
+    def _on_timeout_now(self) -> None:
+        if self.role is Role.FOLLOWER and self.may_campaign and self._has_vote:
+            self._campaign(pre_vote=False, transfer=True)
 
     def step_down(self) -> None:
         """Stop leading, and do not stand again: this server's state machine can't be trusted."""
@@ -294,13 +353,15 @@ class RaftCore:
                 self._hear_leader(message.sender)
             case SnapshotReply():
                 self._on_snapshot_reply(message)
+            case TimeoutNow():
+                self._on_timeout_now()
             case _:
                 raise TypeError(f"not a message for the core: {message}")
 
     def _accept_newer_term(self, message: Message) -> bool:
         """Move to the message's term if it has the right to move us; False: ignore it."""
         match message:
-            case VoteRequest() if self._hears_leader:
+            case VoteRequest() if self._hears_leader and not message.transfer:
                 # Leader stickiness: no one disturbs a leader that works (thesis 4.2.3).
                 self._tell_outsider(message.sender)
                 return False
@@ -455,6 +516,7 @@ class RaftCore:
             assert message.match_index <= self.log.last_index
             if progress.matched(message.match_index):
                 self._advance_commit()
+                self._go_on_with_transfer()
         elif message.prev_index > progress.match_index and (
             progress.state is ProgressState.REPLICATE
             or (
@@ -671,10 +733,13 @@ class RaftCore:
     def propose(self, payloads: Sequence[bytes]) -> int:
         """Append commands and return the index of the first.
 
-        Raises NotLeaderError or TooMuchUncommittedError; then nothing was appended.
+        Raises NotLeaderError, TransferUnderWayError or TooMuchUncommittedError; then nothing was
+        appended.
         """
         if self.role is not Role.LEADER:
             raise NotLeaderError
+        if self.transfer_target is not None:
+            raise TransferUnderWayError
         if self._uncommitted_bytes >= self.config.uncommitted_bytes_max:
             raise TooMuchUncommittedError
         return self._append(EntryKind.COMMAND, payloads)
@@ -775,7 +840,7 @@ class RaftCore:
     def _propose_membership(self, membership: Membership) -> int:
         if self.role is not Role.LEADER:
             raise NotLeaderError
-        if not self._may_change_membership:
+        if not self._may_change_membership or self.transfer_target is not None:
             raise MembershipChangeRefusedError("another change is under way; try again")
         if objection := self._followers.objection_to(membership, self._now_ticks):
             raise MembershipChangeRefusedError(objection)
@@ -861,6 +926,7 @@ class RaftCore:
             self.log.written(ready.entries[-1])
             if self.role is Role.LEADER:
                 self._advance_commit()
+                self._go_on_with_transfer()
 
     def entries_to_apply(self, first: int, bytes_max: int) -> tuple[Entry, ...] | None:
         """Committed entries from ``first`` on; None: read them from disk.

@@ -26,6 +26,7 @@ from raft_types import (
     SnapshotChunk,
     SnapshotOutcome,
     SnapshotReply,
+    TimeoutNow,
     VoteReply,
     VoteRequest,
     decode_entries,
@@ -55,6 +56,7 @@ class FrameType(IntEnum):
     HASH_REPORT = 7
     SNAPSHOT_CHUNK = 8
     SNAPSHOT_REPLY = 9
+    TIMEOUT_NOW = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +120,11 @@ class _FixedBody:
         self.message = message
         self.make: Callable[..., Message] = make or message
         self.struct = struct.Struct(layout)
-        self.values = attrgetter(*(f.name for f in fields(message)[2:]))
+        self._names = tuple(f.name for f in fields(message)[2:])
+
+    def values(self, message: Message) -> list[object]:
+        """What ``struct`` packs."""
+        return [getattr(message, name) for name in self._names]
 
 
 def _snapshot_reply(
@@ -130,8 +136,9 @@ def _snapshot_reply(
 
 _FIXED_BODIES = (
     _FixedBody(FrameType.APPEND_REPLY, AppendReply, ">Q?QQQQQ"),
-    _FixedBody(FrameType.VOTE_REQUEST, VoteRequest, ">QQQ?"),
+    _FixedBody(FrameType.VOTE_REQUEST, VoteRequest, ">QQQ??"),
     _FixedBody(FrameType.VOTE_REPLY, VoteReply, ">Q??"),
+    _FixedBody(FrameType.TIMEOUT_NOW, TimeoutNow, ">Q"),
     _FixedBody(FrameType.HASH_REPORT, HashReport, ">QQQ?"),
     _FixedBody(FrameType.SNAPSHOT_REPLY, SnapshotReply, ">QQQB", _snapshot_reply),
 )

@@ -13,33 +13,32 @@ Rule 4: a write that was proposed ends in its reply or in UNKNOWN, never in a de
 | raft-applier | applies what is read from disk, or left by others; upkeep of the store | disk |
 | raft-peer-NAME | dials a peer, pulls and pushes appends, heartbeats and votes | that socket |
 | raft-recv-NAME | reads a peer's frames, ``core.step``; writes (secondary), applies | socket, disk |
+| state-flusher | saves the state, cuts the log, sends and installs snapshots | disk |
 
 Work is done by whoever finds it due, if no one is at it, which spares the change of threads that
 costs more than the work; the thread named for it takes over when more has gathered meanwhile.
 Lock order, never reversed: a link's sending lock > ``_lock``; ``store_lock`` > ``_lock``. Callers
 are the client threads of ``kv_store_server.py``. Read on in ``raft_core.py`` and
-``raft_transport.py``.
+``raft_transport.py``, ``raft_snapshots.py``.
 """
 
 from __future__ import annotations
 
 import logging
-import random
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 from kv_errors import (
-    BadRequestError,
     BusyError,
     NoPrimaryError,
     NoSpaceError,
     NotPrimaryError,
     OutcomeUnknownError,
 )
+from kv_store import KeyValueStore, Slice
 from kv_types import Reply
 from raft_audit import StateAudit
 from raft_core import (
@@ -49,58 +48,46 @@ from raft_core import (
     RaftCore,
     SnapshotDue,
     TooMuchUncommittedError,
+    TransferRefusedError,
+    TransferUnderWayError,
 )
 from raft_frames import Hello, encode_message
-from raft_log import RaftLog
-from raft_status import MemberStatus, NodeRole, NodeStatus, Pending, StateMachine, wait_for
+from raft_lease import Lease
+from raft_snapshots import StateKeeper, recovered_core
+from raft_status import TICK_S, MemberStatus, NodeConfig, NodeRole, NodeStatus, Pending, wait_for
 from raft_transport import PeerLink, PeerListener
 from raft_types import (
+    AppendEntries,
     Entry,
     EntryKind,
-    HardState,
     HashReport,
     Identity,
     Member,
     MemberId,
     Membership,
     Message,
-    RaftConfig,
     Ready,
     Role,
+    Snapshot,
+    SnapshotChunk,
+    SnapshotOutcome,
+    SnapshotReply,
 )
 from replication_log import ReplicationLog
+from state_db import SnapshotReader, StateDb, StateHeader
 
 log = logging.getLogger(__name__)
 
-TICK_S = 0.01
 # Under load, a new commit index that no entries take along is told this often.
 COMMIT_NEWS_S = 0.004
 APPLY_BYTES_MAX = 1024 * 1024
 UPKEEP_INTERVAL_S = 0.1
+STOP_TIMEOUT_S = 30.0  # the state is saved once more, which takes longest
 # Below this the primary refuses writes, so that what it has accepted still fits.
 DISK_RESERVE_BYTES = 64 * 1024 * 1024
 DISK_CHECK_INTERVAL_S = 1.0
 
 Effect = Callable[[], object]
-
-
-@dataclass(frozen=True, slots=True)
-class NodeConfig:
-    """Times in seconds."""
-
-    heartbeat_interval_s: float
-    election_timeout_min_s: float
-    election_timeout_max_s: float
-    async_replication: bool = False
-    lease_reads: bool = False
-
-    def in_ticks(self) -> RaftConfig:
-        """The same for the core."""
-        return RaftConfig(
-            heartbeat_ticks=max(1, round(self.heartbeat_interval_s / TICK_S)),
-            election_ticks_min=round(self.election_timeout_min_s / TICK_S),
-            election_ticks_max=round(self.election_timeout_max_s / TICK_S),
-        )
 
 
 class RaftNode:
@@ -111,7 +98,9 @@ class RaftNode:
         config: NodeConfig,
         identity: Identity,
         disk: ReplicationLog,
-        store: StateMachine,
+        state: StateDb,
+        store: KeyValueStore,
+        snapshot: Snapshot,
         listener: PeerListener,
         *,
         address: tuple[str, int],
@@ -121,7 +110,6 @@ class RaftNode:
         upkeep: Callable[[], Sequence[bytes]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        recovered = disk.recovered
         self.config = config
         self.identity = identity
         # Guards ``store``. The applier writes under it; readers of several keys take it too.
@@ -137,17 +125,11 @@ class RaftNode:
         self._listener = listener
         # Guards all that follows. Memory work only.
         self._lock = threading.Lock()
-        self._core = RaftCore(
-            identity.member_id,
-            config.in_ticks(),
-            RaftLog(recovered.last_index, recovered.term_runs, recovered.tail),
-            recovered.hard_state,
-            recovered.memberships,
-            random.Random(),
-        )
+        self._core = recovered_core(identity.member_id, config, disk.recovered, snapshot)
         # Notified when: a Ready is due; entries are to be applied; the primary has changed.
         self._ready_due = threading.Condition(self._lock)
         self._apply_due = threading.Condition(self._lock)
+        self._apply_over = threading.Condition(self._lock)
         self._primary_changed = threading.Condition(self._lock)
         self._stopping = False
         self._applied_index = store.applied_index
@@ -163,15 +145,27 @@ class RaftNode:
         self._seen_truncated = 0
         self._seen_membership = Membership()
         self._disk_full = False
-        self._lease = _Lease(config, clock)
+        self._lease = Lease(config.lease_reads, config.election_timeout_min_s, clock)
+        self._keeper = StateKeeper(
+            identity.member_id, disk, state, self, snapshot.index, config.log_bytes_max
+        )
+        # Held by who changes the log on disk; nothing else is taken or waited for meanwhile.
+        self._changing_disk = threading.Lock()
+        # How long, in ticks of a process that runs, the present write to the log has taken.
+        self._write_count = self._watched_write = self._writing_ticks = 0
+        self._disk_hangs = False
         self._audit = StateAudit(identity.member_id)
         self._next_audit_s = 0.0
-        self._threads = [
+        self._threads = self._make_threads()
+
+    def _make_threads(self) -> list[threading.Thread]:
+        return [
             threading.Thread(target=self._guard, args=(run,), name=name, daemon=True)
             for name, run in (
                 ("raft-timer", self._run_timer),
                 ("raft-log-writer", self._run_log_writer),
                 ("raft-applier", self._run_applier),
+                ("state-flusher", self._keeper.run),
             )
         ]
 
@@ -199,9 +193,10 @@ class RaftNode:
         self._listener.close()
         for link in links:
             link.close()
+        self._keeper.stop()
         for thread in self._threads:
             if thread is not threading.current_thread():
-                thread.join(timeout=5.0)
+                thread.join(timeout=STOP_TIMEOUT_S)
 
     def _guard(self, run: Callable[[], None]) -> None:
         """What fails in a thread of the node must not leave a zombie behind: see ``on_fatal``."""
@@ -238,6 +233,8 @@ class RaftNode:
                 first = self._core.propose(payloads)
             except NotLeaderError:
                 raise self._not_primary_locked() from None
+            except TransferUnderWayError:
+                raise NoPrimaryError("the leadership is being handed over; try again") from None
             except TooMuchUncommittedError:
                 raise BusyError("too many writes wait for a majority; try again") from None
             pending = self._pending_locked(first, first + len(payloads) - 1, on_done)
@@ -315,36 +312,79 @@ class RaftNode:
                 self._primary_changed.wait(left_s)
         return None
 
-    def add_member(self, member: Member) -> Membership:
-        """Add a learner, which gets its vote by itself once it has caught up; idempotent.
+    # ---- Any thread: members and leadership ----------------------------------------------------
 
-        Raises BadRequestError if its name or address is another member's, and what ``propose``
-        raises.
+    @property
+    def has_primary(self) -> bool:
+        """Whether this node knows who leads."""
+        return self._core.leader_id is not None
+
+    @property
+    def is_removed(self) -> bool:
+        """Whether this node was a member, and is none any more."""
+        return self._core.is_removed
+
+    @property
+    def membership(self) -> Membership:
+        """Who belongs to the cluster, as far as this node knows."""
+        return self._core.membership
+
+    def is_alive(self, member_id: MemberId) -> bool:
+        """Whether a connection says that this member's process runs."""
+        with self._lock:
+            link = self._links.get(member_id)
+            is_up = link is not None and link.is_up
+        return is_up or member_id in self._connected or member_id == self.identity.member_id
+
+    def change_members(self, change: Callable[[RaftCore], int]) -> None:
+        """Let the core propose a change of membership, and wait until it is applied.
+
+        ``change`` returns the entry's index. Raises what ``propose`` raises.
+        """
+
+        def begin(on_done: Callable[[Pending], None]) -> None:
+            with self._lock:
+                self._check_serving_locked()
+                if self._core.role is not Role.LEADER:
+                    raise self._not_primary_locked()
+                try:
+                    index = change(self._core)
+                except MembershipChangeRefusedError as error:
+                    raise BusyError(str(error)) from None
+                self._waiting.append(self._pending_locked(index, index, on_done))
+                effects = self._pump_locked()
+            self._settle(effects)
+
+        wait_for(begin)
+
+    def hand_over(self, target: MemberId | None) -> Member:
+        """Let another voter lead (None: the most up to date); returns who leads now.
+
+        Raises NotPrimaryError, NoPrimaryError, or BusyError if it did not succeed in time.
         """
         with self._lock:
-            self._check_serving_locked()
             if self._core.role is not Role.LEADER:
                 raise self._not_primary_locked()
-            membership = self._core.membership
-            if membership.get(member.member_id) is not None:
-                return membership
-            objection = membership.objection_to(member)
-            if objection:
-                raise BadRequestError(objection)
             try:
-                index = self._core.add_learner(member._replace(voter=False))
-            except MembershipChangeRefusedError as error:
+                self._core.transfer_to(target)
+            except TransferRefusedError as error:
                 raise BusyError(str(error)) from None
-            membership = self._core.membership
-            done = threading.Event()
-            pending = self._pending_locked(index, index, lambda _: done.set())
-            self._waiting.append(pending)
             effects = self._pump_locked()
         self._settle(effects)
-        done.wait()
-        if pending.error is not None:
-            raise pending.error
-        return membership
+        deadline_s = self._clock() + self.config.election_timeout_max_s
+        with self._lock:
+            while self._clock() < deadline_s:
+                primary = self._primary_locked()
+                if primary is not None and primary.member_id != self.identity.member_id:
+                    return primary
+                if self._core.role is Role.LEADER and self._core.transfer_target is None:
+                    break
+                self._primary_changed.wait(TICK_S)
+        raise BusyError("the leadership was not taken over in time: this node goes on")
+
+    def open_backup(self) -> SnapshotReader:
+        """The state that this node saves now, as bytes. Raises OSError, StateDbError."""
+        return self._keeper.open_backup()
 
     def status(self) -> NodeStatus:
         """How things stand."""
@@ -359,13 +399,23 @@ class RaftNode:
                 primary=self._primary_locked(),
                 commit_index=core.commit_index,
                 applied_index=applied_index,
+                first_index=core.log.first_index,
                 last_index=core.log.last_index,
                 state_hash=state_hash,
                 voters=len(membership.voters),
                 failures_tolerated=membership.failures_tolerated,
                 members=tuple(map(self._member_status_locked, membership.members)),
-                trouble=self._audit.trouble or ("disk almost full" if self._disk_full else ""),
+                trouble=self._trouble(),
             )
+
+    def _trouble(self) -> str:
+        found = (
+            self._audit.trouble,
+            "the disk hangs" if self._disk_hangs else "",
+            "disk almost full: writes are refused" if self._disk_full else "",
+            self._keeper.trouble,
+        )
+        return "; ".join(text for text in found if text)
 
     def _node_role_locked(self) -> NodeRole:
         core = self._core
@@ -384,7 +434,9 @@ class RaftNode:
         lag = None if match_index is None else core.log.last_index - match_index
         link = self._links.get(member.member_id)
         state = "" if link is None else "up" if link.is_up else link.last_error or "not tried yet"
-        return MemberStatus(member, member.member_id == core.leader_id, match_index, lag, state)
+        is_primary = member.member_id == core.leader_id
+        snapshot = self._keeper.progress().get(member.member_id)
+        return MemberStatus(member, is_primary, match_index, lag, state, snapshot)
 
     # ---- Caller holds _lock --------------------------------------------------------------------
 
@@ -436,6 +488,7 @@ class RaftNode:
             effects.append(self._on_step_down)
         if core.role is Role.LEADER and old_role is not Role.LEADER:
             self._lease.begin()
+        self._keeper.lead(core.term if core.role is Role.LEADER else 0)
         leader = self._primary_locked()
         name = leader.node_id if leader else core.leader_id
         effects.append(
@@ -507,13 +560,31 @@ class RaftNode:
                 if self._lease.just_ended():
                     self._primary_changed.notify_all()
                 self._commit_may_wait = False
-                effects = self._pump_locked() + self._give_up_late_locked(now_s)
+                effects = self._watch_disk_locked(ticks)
+                effects += self._pump_locked() + self._give_up_late_locked(now_s)
                 commit = self._core.commit_index
                 self._commit_may_wait = self._core.role is Role.LEADER and commit > last_commit
                 last_commit = commit
                 if self._core.has_ready:
                     self._ready_due.notify()
             _run(effects)
+
+    def _watch_disk_locked(self, ticks: int) -> list[Effect]:
+        """A primary whose own disk hangs makes way, though its heartbeats still flow."""
+        if self._write_count != self._watched_write or not self._core.is_writing:
+            self._watched_write = self._write_count
+            self._writing_ticks = 0
+        self._writing_ticks += ticks
+        hangs = self._writing_ticks > self._core.config.election_ticks_min
+        if hangs == self._disk_hangs:
+            return []
+        self._disk_hangs = hangs
+        self._core.may_campaign = not hangs and not self._audit.trouble
+        if not hangs:
+            return [partial(log.warning, "the disk answers again")]
+        if self._core.role is Role.LEADER:
+            self._core.give_way()
+        return [partial(log.error, "the disk hangs: this node does not lead until it answers")]
 
     def _give_up_late_locked(self, now_s: float) -> list[Effect]:
         late: list[Effect] = []
@@ -547,9 +618,12 @@ class RaftNode:
 
         One at a time: the core gives out no other.
         """
-        if ready.hard_state is not None or ready.entries:
+        with self._changing_disk:
+            if ready.log_base is not None:
+                self._disk.reset(*ready.log_base)
             self._disk.append(ready.hard_state, ready.entries)
         with self._lock:
+            self._write_count += 1
             effects = self._advance_locked(ready)
             if self._core.has_ready:
                 self._ready_due.notify()  # more has gathered; this thread has its own work
@@ -660,6 +734,7 @@ class RaftNode:
         last = entries[-1]
         with self._lock:
             self._applying = False
+            self._apply_over.notify()
             self._applied_index = last.index
             self._core.applied_to(last.index)
             effects = self._finish_applied_locked(entries, replies)
@@ -696,7 +771,8 @@ class RaftNode:
             if payloads:
                 with self._lock:
                     effects = []
-                    if self._core.role is Role.LEADER and not self._disk_full:
+                    may_propose = self._core.role is Role.LEADER and not self._disk_full
+                    if may_propose and self._core.transfer_target is None:
                         self._core.propose(payloads)
                         effects = self._pump_locked()
                 self._settle(effects)
@@ -725,22 +801,30 @@ class RaftNode:
     def _next_append(self, member_id: MemberId) -> bytes | None:
         """The next frame for this peer, with all that has gathered for it."""
         with self._lock:
-            message = self._core.append_for(member_id)
+            message = self._append_for_locked(member_id)
         while isinstance(message, EntriesOnDisk):
             entries = self._read_for_peer(message)
             with self._lock:
-                core = self._core
-                message = core.append_with(member_id, entries) or core.append_for(member_id)
+                message = self._core.append_with(member_id, entries)
+                message = message or self._append_for_locked(member_id)
         if message is None:
             return None
-        assert not isinstance(message, SnapshotDue), "the log on disk is whole"
         return encode_message(self.identity.cluster_id, message)
+
+    def _append_for_locked(self, member_id: MemberId) -> AppendEntries | EntriesOnDisk | None:
+        message = self._core.append_for(member_id)
+        if isinstance(message, SnapshotDue):
+            self._core.snapshot_started(member_id)
+            self._keeper.want(member_id)
+            message = self._core.append_for(member_id)
+            assert not isinstance(message, SnapshotDue)
+        return message
 
     def _read_for_peer(self, wanted: EntriesOnDisk) -> list[Entry]:
         try:
             return self._disk.read(wanted.first, wanted.last, self._core.config.append_bytes_max)
         except IndexError:
-            return []  # truncated since it was asked for: this node leads no more
+            return []  # truncated since it was asked for, or dropped: ask the core again
 
     def _on_link_up(self, member_id: MemberId) -> None:
         with self._lock:
@@ -748,6 +832,7 @@ class RaftNode:
             self._core.link_up(member_id)
             effects = self._pump_locked()
         self._settle(effects)
+        self._keeper.resend(member_id)
 
     def _on_peer_dead(self, member_id: MemberId) -> None:
         with self._lock:
@@ -761,6 +846,71 @@ class RaftNode:
             return []
         self._core.leader_died(member_id)
         return self._pump_locked()
+
+    # ---- Of the StateKeeper: threads state-flusher, raft-recv-NAME ------------------------------
+
+    @property
+    def is_suspect(self) -> bool:
+        return bool(self._audit.trouble)
+
+    def begin_flush(self) -> tuple[StateHeader, Iterator[Slice]]:
+        """See ``raft_snapshots.Host``, as for all of these."""
+        store = self.store
+        with self.store_lock:
+            index = store.applied_index
+            with self._lock:
+                term = self._core.log.term_at(index)
+                membership_index, membership = self._core.membership_at(index)
+            flush = store.begin_flush()
+        header = StateHeader.of(flush, term, membership.encode(), membership_index)
+        return header, flush.slices(self.store_lock)
+
+    def end_flush(self, *, saved: bool) -> None:
+        with self.store_lock:
+            self.store.end_flush(saved=saved)
+
+    def drop_log(self, index: int) -> None:
+        with self._changing_disk:
+            first_index = self._disk.drop_before(index)
+        with self._lock:
+            self._core.compacted_to(first_index)
+
+    def snapshot_ended(self, member_id: MemberId, index: int | None) -> None:
+        with self._lock:
+            self._core.snapshot_ended(member_id, index)
+            effects = self._pump_locked()
+        self._settle(effects)
+
+    def post(self, message: Message) -> None:
+        with self._lock:
+            effects = self._post_locked([message])
+        _run(effects)
+
+    def answer_chunk(
+        self, chunk: SnapshotChunk, received_bytes: int, outcome: SnapshotOutcome
+    ) -> None:
+        with self._lock:
+            self._core.answer_chunk(chunk, received_bytes, outcome)
+            effects = self._pump_locked()
+        self._settle(effects)
+
+    def install(self, snapshot: Snapshot, received: KeyValueStore, rename: Effect) -> bool:
+        with self._lock:
+            while self._applying:
+                self._apply_over.wait()
+            if self._applied_index >= snapshot.index:
+                return False
+            self._applying = True  # nobody else touches the store
+        rename()
+        with self.store_lock:
+            self.store.adopt(received)
+            with self._lock:
+                self._core.restore(snapshot)
+                self._applying = False
+                self._applied_index = snapshot.index
+                effects = self._pump_locked()
+        self._settle(effects)
+        return True
 
     # ---- Threads raft-recv-NAME ----------------------------------------------------------------
 
@@ -776,6 +926,7 @@ class RaftNode:
             self._core.link_up(hello.sender)
             effects += self._pump_locked()
         self._settle(effects)
+        self._keeper.resend(hello.sender)
 
     def on_disconnected(self, member_id: MemberId) -> None:
         """A peer's connection to us is gone (of the listener)."""
@@ -792,8 +943,13 @@ class RaftNode:
             for message in messages:
                 if isinstance(message, HashReport):
                     effects += self._take_report_locked(message)
-                else:
-                    core.step(message)
+                    continue
+                core.step(message)
+                if isinstance(message, SnapshotChunk):
+                    if message.sender == core.leader_id and message.term == core.term:
+                        effects.append(partial(self._keeper.on_chunk, message))
+                elif isinstance(message, SnapshotReply) and message.term == core.term:
+                    effects.append(partial(self._keeper.on_reply, message))
             effects += self._pump_locked()
             leads = core.role is Role.LEADER
             if leads and core.has_ready:
@@ -822,71 +978,6 @@ class RaftNode:
         return effects
 
 
-# ---- Parts of RaftNode -------------------------------------------------------------------------
-
-
-class _Lease:
-    """The leader's lease, which answers reads without a round (thesis 6.4.1).
-
-    Only with ``--read-mode lease``; otherwise never valid. A round that a majority has answered
-    proves that none of them votes for another for an election timeout from its start. That
-    promise is not kept where a dead leader's followers campaign at once: so a new leader waits
-    until any old lease has run out. Caller holds the node's lock.
-    """
-
-    # Of the minimum election timeout: the rest is for clocks that run at different rates.
-    FRACTION = 0.8
-
-    def __init__(self, config: NodeConfig, clock: Callable[[], float]) -> None:
-        self._enabled = config.lease_reads
-        self._election_timeout_min_s = config.election_timeout_min_s
-        self._clock = clock
-        self._started: deque[tuple[int, float]] = deque()  # (round, when it began), unconfirmed
-        self._valid_until_s = 0.0
-        self._wait_until_s = 0.0
-
-    def begin(self) -> None:
-        """This node has just become the leader."""
-        self._started.clear()
-        self._valid_until_s = 0.0
-        if self._enabled:
-            self._wait_until_s = self._clock() + self._election_timeout_min_s
-
-    def follow(self, core: RaftCore) -> None:
-        """Note which rounds have begun, before any message of theirs leaves, or were confirmed."""
-        if not self._enabled or core.role is not Role.LEADER:
-            self._valid_until_s = 0.0
-            return
-        if not self._started or self._started[-1][0] < core.round:
-            self._started.append((core.round, self._clock()))
-        confirmed = core.confirmed_round
-        while self._started and self._started[0][0] <= confirmed:
-            _, began_s = self._started.popleft()
-            self._valid_until_s = began_s + self._election_timeout_min_s * self.FRACTION
-
-    def is_valid(self) -> bool:
-        """Whether this leader may answer a read by itself now."""
-        return self._enabled and self._clock() < self._valid_until_s
-
-    def must_wait(self) -> bool:
-        """Whether the last leader's lease may still run."""
-        return self._enabled and self._clock() < self._wait_until_s
-
-    def just_ended(self) -> bool:
-        """True once, when waiting for the old lease is over."""
-        if self._wait_until_s == 0.0 or self.must_wait():
-            return False
-        self._wait_until_s = 0.0
-        return True
-
-
 def _run(effects: Sequence[Effect]) -> None:
     for effect in effects:
         effect()
-
-
-def found_cluster(disk: ReplicationLog, founder: Member) -> Entry:
-    """Make ``founder`` the only voter of a new cluster: its log's first entry."""
-    entry = Entry(1, 1, EntryKind.MEMBERSHIP, Membership((founder,)).encode())
-    disk.append(HardState(1, None), [entry])
-    return entry

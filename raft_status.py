@@ -1,4 +1,4 @@
-"""What the driver shows, and what waits in it: a node's status, writes and reads under way.
+"""What the driver is told, shows and holds: settings, a node's status, writes and reads under way.
 
 Values and one small class; the one who fills them is ``raft_node.py``.
 """
@@ -9,32 +9,33 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Protocol
+from typing import Final
 
 from kv_errors import KVError
 from kv_types import Reply
-from raft_types import Identity, Member
+from raft_types import Identity, Member, RaftConfig
+
+TICK_S: Final = 0.01
 
 
-class StateMachine(Protocol):
-    """What the driver needs of the store. Called with ``store_lock`` held."""
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """Times in seconds."""
 
-    @property
-    def applied_index(self) -> int:
-        """The index of the last entry applied or skipped."""
+    heartbeat_interval_s: float
+    election_timeout_min_s: float
+    election_timeout_max_s: float
+    async_replication: bool = False
+    lease_reads: bool = False
+    log_bytes_max: int = 64 * 1024 * 1024
 
-    @property
-    def state_hash(self) -> int:
-        """Order-independent, the same on every node that has applied the same index."""
-
-    def apply(self, index: int, data: bytes) -> Reply:
-        """The reply to the command at ``index``; deterministic."""
-
-    def skip(self, index: int) -> None:
-        """The entry at ``index`` is not for the state machine."""
-
-    def hash_at(self, index: int) -> int | None:
-        """The state hash at a recent index; None if it is not known (any more)."""
+    def in_ticks(self) -> RaftConfig:
+        """The same for the core."""
+        return RaftConfig(
+            heartbeat_ticks=max(1, round(self.heartbeat_interval_s / TICK_S)),
+            election_ticks_min=round(self.election_timeout_min_s / TICK_S),
+            election_ticks_max=round(self.election_timeout_max_s / TICK_S),
+        )
 
 
 class NodeRole(StrEnum):
@@ -55,6 +56,7 @@ class MemberStatus:
     match_index: int | None
     lag: int | None
     link: str  # from this node to it: "up", or why not; "" for this node itself
+    snapshot: float | None  # the share of the state that it has, while it is sent; None: it is not
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class NodeStatus:
     primary: Member | None
     commit_index: int
     applied_index: int
+    first_index: int  # of the log; what was before stands in the state file only
     last_index: int
     state_hash: int
     voters: int

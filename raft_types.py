@@ -253,6 +253,7 @@ class VoteRequest:
     last_index: int
     last_term: int
     pre_vote: bool
+    transfer: bool = False  # asked for by the leader itself (thesis 3.10): no one owes it loyalty
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +307,15 @@ class SnapshotReply:
 
 
 @dataclass(frozen=True, slots=True)
+class TimeoutNow:
+    """Leader to the voter that is to lead: campaign at once (thesis 3.10)."""
+
+    sender: MemberId
+    to: MemberId
+    term: int
+
+
+@dataclass(frozen=True, slots=True)
 class HashReport:
     """Leader to all: "send me your state hash at ``applied_index``"; and a follower's answer.
 
@@ -325,6 +335,7 @@ Message = (
     | AppendReply
     | VoteRequest
     | VoteReply
+    | TimeoutNow
     | SnapshotChunk
     | SnapshotReply
     | HashReport

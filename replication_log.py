@@ -242,7 +242,7 @@ class _Index:
             while row > 0 and bytes_max > 0:
                 row -= 1
                 bytes_max -= self._sizes[row]
-            return self._firsts[row]
+            return self._firsts[row] if self._firsts else self.last + 1
 
 
 # ---- The log -----------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ class ReplicationLog:
         # Before the files go: a reader gets IndexError from now on.
         sequence = self._index.drop_before(index, self._last_sequence)
         first = self._index.first
-        self._base_term = self._term_at(first - 1)
+        self._base_term = self.term_at(first - 1)
         ends = [start for start, _term in self._term_runs[1:]] + [self._index.last + 1]
         self._term_runs = [
             (max(start, first), term)
@@ -442,6 +442,10 @@ class ReplicationLog:
         """What the log takes on the disk."""
         return sum(segment.size_bytes for segment in list(self._segments.values()))
 
+    def tail_start(self, bytes_max: int) -> int:
+        """Where about the last ``bytes_max`` bytes of the log begin; last_index + 1 if it is empty."""
+        return self._index.tail_start(bytes_max)
+
     def bytes_free(self) -> int:
         """How many bytes the directory's file system has left for this process."""
         status = os.statvfs(self._directory)
@@ -466,7 +470,7 @@ class ReplicationLog:
         index = entries[0].index
         if not self._index.first <= index <= self._index.last + 1:
             return f"entry {index} cannot follow a log that ends at {self._index.last}"
-        term = self._term_at(index - 1)
+        term = self.term_at(index - 1)
         for expected, entry in enumerate(entries, index):
             if entry.index != expected:
                 return f"entry {entry.index} stands where {expected} belongs"
@@ -477,7 +481,7 @@ class ReplicationLog:
             return f"an entry of term {term} under a hard state of term {hard_state.term}"
         return None
 
-    def _term_at(self, index: int) -> int:
+    def term_at(self, index: int) -> int:
         """The term of an entry in the log, or of the one before the first."""
         for first, term in reversed(self._term_runs):
             if first <= index:
@@ -540,7 +544,7 @@ class ReplicationLog:
     def _create_segment(self, first: int, *, begins_anew: bool = False) -> _Segment:
         """Begin a new last segment, durable under its name before any record is in it."""
         sequence = self._last_sequence + 1
-        base_term = self._term_at(first - 1)
+        base_term = self.term_at(first - 1)
         header = SegmentHeader(sequence, begins_anew, first, base_term, self._hard_state)
         path = self._directory / f"log-{sequence:08x}-{first:016x}.seg"
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
@@ -669,7 +673,7 @@ class ReplicationLog:
         reason = None
         if first > self._index.last + 1:
             reason = f"it continues at entry {first} a log that ends at {self._index.last}"
-        elif base_term != self._term_at(first - 1):
+        elif base_term != self.term_at(first - 1):
             reason = f"it continues after term {base_term} a log that has another there"
         elif hard_state != self._hard_state:
             reason = f"it continues under {hard_state} a log that ends under {self._hard_state}"

@@ -32,6 +32,7 @@ from raft_types import (
     SnapshotChunk,
     SnapshotOutcome,
     SnapshotReply,
+    TimeoutNow,
     VoteReply,
     VoteRequest,
     decode_entries,
@@ -411,5 +412,7 @@ def describe(message: Message) -> str:
         case SnapshotReply():
             outcome = message.outcome.name.lower()
             return f"{head}: state {message.snapshot_id} is {outcome}"
+        case TimeoutNow():
+            return f"{head}: campaign now"
         case HashReport():
             return f"{head}: state hash at {message.applied_index}"

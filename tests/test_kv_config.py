@@ -55,6 +55,9 @@ def test_defaults_when_nothing_is_given_then_are_those_of_the_design():
         primary=False,
         join=(("127.0.0.1", 6380), ("127.0.0.1", 6381)),
         data_dir=Path("data/node1"),
+        in_memory=False,
+        learner=False,
+        restore_from=None,
         replication="quorum",
         fsync="always",
         read_mode="quorum",
@@ -64,6 +67,7 @@ def test_defaults_when_nothing_is_given_then_are_those_of_the_design():
         max_clients=10_000,
         request_bytes_max=64 * 1024**2,
         memory_bytes_max=0,
+        log_bytes_max=64 * 1024**2,
         log_level="info",
         log_format="text",
         config=None,
@@ -96,6 +100,7 @@ def test_table_when_compared_with_settings_then_has_a_row_for_every_field():
         "election-timeout": ["election_timeout_min_s", "election_timeout_max_s"],
         "max-request-bytes": ["request_bytes_max"],
         "max-memory": ["memory_bytes_max"],
+        "max-log": ["log_bytes_max"],
     }
 
     named = [n for row in SETTINGS for n in renamed.get(row.name, [row.name.replace("-", "_")])]
@@ -205,6 +210,9 @@ def test_file_when_it_is_wrong_then_names_file_key_and_remedy(toml, text, said):
         (["--election-timeout", "5"], "--election-timeout: expected MIN-MAX in seconds"),
         (["--election-timeout", "1.2.3-4"], "--election-timeout: expected seconds"),
         (["--max-memory", "lots"], "--max-memory: expected a size such as"),
+        (["--max-log", "1000"], "--max-log: 1000 is less than 1048576"),
+        (["--restore-from", "b.kvb"], "--restore-from founds a cluster: give --primary too"),
+        (["--in-memory", "--data-dir", "d"], "--in-memory keeps nothing on disk"),
         (["--max-clients", "0"], "--max-clients: expected a whole number"),
         (["--config", "/no/such/file"], "cannot read /no/such/file: No such file"),
     ],

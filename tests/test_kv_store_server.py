@@ -600,27 +600,6 @@ def test_disk_when_a_write_fails_then_the_server_ends_at_once_with_1(
     assert ask(address, "GET big")["status"] == "NOT_FOUND"
 
 
-def test_node_when_its_directory_is_lost_then_it_may_not_come_back_under_its_name(
-    trio: Cluster,
-) -> None:
-    """It has forgotten its votes and entries; a new member needs a new name (raft-traps T12)."""
-    victim = trio.others(trio.primary())[0]
-    trio.kill(victim)
-    directory = trio.node(victim).directory
-    kept = directory.with_name("kept")
-    directory.rename(kept)
-    try:
-        log_bytes = trio.node(victim).log.stat().st_size
-        trio.start(victim)
-        trio.eventually(lambda: trio.process(victim) is None, "it ends")
-        said = trio.node(victim).log.read_bytes()[log_bytes:].decode()
-        assert "refuses this node" in said
-        assert f"the name {victim} is taken" in said
-    finally:
-        shutil.rmtree(directory)
-        kept.rename(directory)
-
-
 def test_log_format_when_json_then_every_line_is_an_object(run: Callable[..., Process]) -> None:
     """For those who collect logs."""
     (port,) = free_ports(1)

@@ -33,6 +33,7 @@ from raft_types import (
     SnapshotChunk,
     SnapshotOutcome,
     SnapshotReply,
+    TimeoutNow,
     VoteReply,
     VoteRequest,
 )
@@ -43,7 +44,9 @@ MESSAGES: list[Message] = [
     AppendEntries(A, B, 3, 7, 2, (Entry(8, 3, EntryKind.COMMAND, b"x" * 9),), 6, 11),
     AppendReply(A, B, 3, False, 0, 11, 7, 5, 2),
     VoteRequest(A, B, 4, 8, 3, True),
+    VoteRequest(A, B, 4, 8, 3, False, transfer=True),
     VoteReply(A, B, 4, True, False),
+    TimeoutNow(A, B, 4),
     HashReport(A, B, 4, 8, 2**64 - 1, True),
     SnapshotChunk(A, B, 4, 2**64 - 1, 1 << 40, b"\x00state", True),
     SnapshotReply(A, B, 4, 1, 1 << 40, SnapshotOutcome.INSTALLED),

@@ -19,6 +19,7 @@ from typing import TypeVar
 import pytest
 
 import raft_node
+import raft_snapshots
 from kv_commands import encode_payload
 from kv_errors import (
     BadRequestError,
@@ -28,11 +29,13 @@ from kv_errors import (
     NotPrimaryError,
     OutcomeUnknownError,
 )
+from kv_members import change_members
 from kv_store import KeyValueStore
 from kv_types import Reply
 from raft_log import RaftLog
-from raft_node import NodeConfig, RaftNode
-from raft_status import NodeRole, NodeStatus
+from raft_node import RaftNode
+from raft_snapshots import snapshot_of
+from raft_status import NodeConfig, NodeRole, NodeStatus
 from raft_transport import PeerHandler, PeerListener
 from raft_types import (
     Entry,
@@ -46,6 +49,7 @@ from raft_types import (
     new_id,
 )
 from replication_log import ReplicationLog
+from state_db import StateDb
 
 pytestmark = pytest.mark.slow
 
@@ -147,8 +151,12 @@ class Server:
     def start(self) -> RaftNode:
         """Start it, from its disk if it ran before."""
         self.boot_id = new_id()
+        directory = self.trio.directory / self.member.node_id
+        self.disk = ReplicationLog(directory)
+        self.state = StateDb(directory)
+        header, loaded = self.state.load()
         self.store = SuspectStore()
-        self.disk = ReplicationLog(self.trio.directory / self.member.node_id)
+        self.store.adopt(loaded)
         identity = Identity(self.trio.cluster_id, self.member.member_id, self.member.node_id)
         if self.disk.identity is None:
             self.disk.save_identity(identity)
@@ -156,7 +164,9 @@ class Server:
             self.config,
             identity,
             self.disk,
+            self.state,
             self.store,
+            snapshot_of(header),
             ValveListener(
                 self.trio.network,
                 self.member.peer_port,
@@ -178,6 +188,7 @@ class Server:
         if self.is_up:
             self.is_up = False
             self.node.stop()
+            self.state.close()
             self.disk.close()
 
     def _on_step_down(self) -> None:
@@ -825,6 +836,12 @@ def test_lease_when_a_new_leader_is_elected_then_it_waits_until_the_old_lease_ha
 # ---- Members -----------------------------------------------------------------------------------
 
 
+def joining(member: Member) -> list[bytes]:
+    """What a new node sends."""
+    words = (member.node_id, member.member_id, member.host, member.port, member.peer_port)
+    return [b"MEMBER", b"JOIN", *(str(word).encode() for word in words)]
+
+
 def test_add_member_when_it_has_caught_up_then_it_votes(make_trio: Callable[..., Trio]) -> None:
     """Thesis 4.2.1: a learner until it has caught up; asked twice, it is added once."""
     trio = make_trio(count=1)
@@ -832,10 +849,10 @@ def test_add_member_when_it_has_caught_up_then_it_votes(make_trio: Callable[...,
     index = leader.set("k", "v")
     newcomer = Server(trio, trio.place("n9"), QUICK)
 
-    added = leader.node.add_member(newcomer.member)
-    again = leader.node.add_member(newcomer.member)
+    change_members(leader.node, joining(newcomer.member))
+    change_members(leader.node, joining(newcomer.member))
 
-    assert len(added.members) == len(again.members) == 2
+    assert len(leader.status.members) == 2
     assert leader.status.voters == 1, "it has no vote before it has the data"
     trio.servers.append(newcomer)
     newcomer.start()
@@ -846,18 +863,21 @@ def test_add_member_when_it_has_caught_up_then_it_votes(make_trio: Callable[...,
 
 
 def test_add_member_when_name_or_address_is_anothers_then_it_is_refused(shared_trio: Trio) -> None:
-    """A new member under an old name has lost what the old one had voted and acknowledged (T12)."""
+    """A new member under an old name has lost what the old one had voted and acknowledged (T12).
+
+    While that one lives, there is nothing to take the place of.
+    """
     leader = shared_trio.leader()
     taken = shared_trio.servers[0].member
     namesake = shared_trio.place(taken.node_id)
     neighbour = shared_trio.place("other")._replace(host=taken.host, port=taken.port)
 
     with pytest.raises(BadRequestError, match=f"name {taken.node_id} is taken"):
-        leader.node.add_member(namesake)
+        change_members(leader.node, joining(namesake))
     with pytest.raises(BadRequestError, match="is taken by"):
-        leader.node.add_member(neighbour)
+        change_members(leader.node, joining(neighbour))
     with pytest.raises(NotPrimaryError):
-        shared_trio.others(leader)[0].node.add_member(shared_trio.place("late"))
+        change_members(shared_trio.others(leader)[0].node, joining(shared_trio.place("late")))
     assert len(leader.status.members) == 3
 
 
@@ -881,11 +901,40 @@ def test_disk_when_almost_full_then_writes_are_refused_and_reads_go_on(
     assert not leader.status.trouble
 
 
+def test_disk_when_the_primarys_hangs_then_another_leads(
+    make_trio: Callable[..., Trio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its heartbeats still flow; when its disk answers again it follows (raft-traps T23)."""
+    trio = make_trio()
+    old = trio.leader()
+    answers, append = threading.Event(), old.disk.append
+
+    def hang(hard_state: HardState | None, entries: Sequence[Entry]) -> None:
+        answers.wait()
+        append(hard_state, entries)
+
+    monkeypatch.setattr(old.disk, "append", hang)
+    writer = threading.Thread(target=lambda: _refuses_for_space(old), daemon=True)
+    writer.start()
+
+    new = trio.leader(among=trio.others(old))
+    assert "hangs" in old.status.trouble
+    index = new.set("k", "after")
+
+    answers.set()
+    writer.join(PATIENCE_S)
+    trio.await_applied(index)
+    assert not old.status.trouble
+    assert old.status.role is NodeRole.SECONDARY
+
+
 def _refuses_for_space(server: Server) -> bool:
     try:
         server.set("k", "before")
     except NoSpaceError:
         return True
+    except OutcomeUnknownError:
+        pass
     return False
 
 
@@ -893,7 +942,9 @@ def test_follower_when_far_behind_the_leaders_memory_then_it_catches_up_from_dis
     make_trio: Callable[..., Trio], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The window of recent entries is bounded; the log on disk is not."""
-    monkeypatch.setattr(raft_node, "RaftLog", functools.partial(RaftLog, window_bytes_max=4096))
+    monkeypatch.setattr(
+        raft_snapshots, "RaftLog", functools.partial(RaftLog, window_bytes_max=4096)
+    )
     trio = make_trio()
     leader = trio.leader()
     late = trio.others(leader)[0]

@@ -1,0 +1,244 @@
+"""Commands about the cluster: who is in it and how it is, who joins, leaves and leads, its backup.
+
+Answered by any node about itself, or by the primary for the cluster. Called on a client's thread
+by ``kv_session.py``; what they ask for is done by ``raft_node.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import struct
+import time
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+import kv_commands
+from kv_config import Settings
+from kv_errors import BadRequestError
+from kv_store import KeyValueStore
+from kv_types import Reply
+from raft_node import RaftNode
+from raft_status import MemberStatus, NodeStatus
+from raft_types import Member, MemberId
+
+log = logging.getLogger(__name__)
+
+VERSION: Final = "0.1.0"
+MEMORY_WARNING: Final = 0.8  # of --max-memory
+BACKUP_CHUNK_BYTES: Final = 256 * 1024
+_CHUNK_LENGTH = struct.Struct(">I")
+
+Argv = Sequence[bytes]
+
+
+# ---- How the node and the cluster are ----------------------------------------------------------
+
+
+def memory_trouble(store: KeyValueStore, memory_bytes_max: int) -> str:
+    """What is to be said of the memory that the data takes; "" if nothing. 0: there is no limit."""
+    if not memory_bytes_max or store.memory_bytes < MEMORY_WARNING * memory_bytes_max:
+        return ""
+    if store.memory_bytes > memory_bytes_max:
+        return "--max-memory is reached: writes are refused, deletes are not"
+    return f"the data takes {store.memory_bytes / memory_bytes_max:.0%} of --max-memory"
+
+
+def status_fields(
+    node: RaftNode, store: KeyValueStore, settings: Settings, started_s: float
+) -> dict[str, object]:
+    """What STATUS answers; ``started_s`` is in the monotonic clock."""
+    return _status_of(node.status(), store, settings, started_s)
+
+
+def cluster_fields(
+    node: RaftNode, store: KeyValueStore, settings: Settings, started_s: float
+) -> dict[str, object]:
+    """What CLUSTER answers: STATUS, and the members."""
+    status = node.status()
+    members = [_member_fields(m) for m in status.members]
+    return _status_of(status, store, settings, started_s) | {"members": members}
+
+
+def _status_of(
+    status: NodeStatus, store: KeyValueStore, settings: Settings, started_s: float
+) -> dict[str, object]:
+    primary = status.primary
+    trouble = [status.trouble, memory_trouble(store, settings.memory_bytes_max)]
+    return {
+        "status": "OK",
+        "node_id": status.identity.node_id,
+        "member_id": status.identity.member_id,
+        "cluster_id": status.identity.cluster_id,
+        "role": status.role,
+        "term": status.term,
+        "primary": None if primary is None else address_fields(primary),
+        "commit_index": status.commit_index,
+        "applied_index": status.applied_index,
+        "first_index": status.first_index,
+        "last_index": status.last_index,
+        "state_hash": f"{status.state_hash:016x}",
+        "keys": len(store),
+        "voters": status.voters,
+        "failures_tolerated": status.failures_tolerated,
+        "trouble": "; ".join(filter(None, trouble)) or None,
+        "memory_bytes": store.memory_bytes,
+        "uptime_seconds": round(time.monotonic() - started_s, 1),
+        "version": VERSION,
+    }
+
+
+def _member_fields(status: MemberStatus) -> dict[str, object]:
+    member = status.member
+    role = "SECONDARY" if member.voter else "LEARNER"
+    return {
+        "node_id": member.node_id,
+        "member_id": member.member_id,
+        "host": member.host,
+        "port": member.port,
+        "peer_port": member.peer_port,
+        "role": "PRIMARY" if status.is_primary else role,
+        "voter": member.voter,
+        "match_index": status.match_index,
+        "lag": status.lag,
+        "link": status.link,
+        "snapshot": status.snapshot,
+    }
+
+
+def address_fields(member: Member) -> dict[str, object]:
+    """Where clients reach a member."""
+    return {"node_id": member.node_id, "host": member.host, "port": member.port}
+
+
+# ---- Who belongs to it -------------------------------------------------------------------------
+
+
+def change_members(node: RaftNode, argv: Argv) -> Reply:
+    """MEMBER LIST, JOIN and REMOVE, as JSON. Raises KVError."""
+    subcommand = argv[1].upper()
+    if subcommand == b"LIST" and len(argv) == 2:
+        return json.dumps({"members": [_member_fields(m) for m in node.status().members]}).encode()
+    if subcommand == b"REMOVE" and len(argv) == 3:
+        _remove(node, _text(argv[2]))
+        return json.dumps({"removed": _text(argv[2])}).encode()
+    if subcommand in (b"JOIN", b"ADD") and len(argv) in (7, 8):
+        _add(node, _newcomer(argv))
+        identity = node.identity
+        return json.dumps({"cluster_id": identity.cluster_id, "node_id": identity.node_id}).encode()
+    raise BadRequestError(
+        "say MEMBER LIST, MEMBER REMOVE node-id, or "
+        "MEMBER ADD node-id member-id host port peer-port [LEARNER]"
+    )
+
+
+def _add(node: RaftNode, newcomer: Member) -> None:
+    """Add a learner, which gets its vote by itself once it has caught up; idempotent.
+
+    A known member's new address is taken over. A new member under an old name takes the place of
+    one that has lost its directory: that one is removed first, so that its vote never counts again
+    (raft-traps T12). Two that live under one name are not possible.
+    """
+    known = node.membership.get(newcomer.member_id)
+    if known is not None:
+        moved = newcomer._replace(voter=known.voter, stays_learner=known.stays_learner)
+        if moved != known:
+            node.change_members(lambda core: core.change_member(moved))
+        return
+    former = _named(node, newcomer.node_id)
+    if former is not None and not node.is_alive(former.member_id):
+        log.warning("node=%s comes back as a new member: the old one goes", former.node_id)
+        node.change_members(lambda core: core.remove_member(former.member_id))
+    objection = node.membership.objection_to(newcomer)
+    if objection:
+        raise BadRequestError(objection)
+    node.change_members(lambda core: core.add_learner(newcomer))
+
+
+def _remove(node: RaftNode, node_id: str) -> None:
+    member = _named(node, node_id)
+    if member is None:
+        raise BadRequestError(f"there is no member {node_id}")
+    objection = node.membership.objection_to_leaving(member.member_id)
+    if objection:
+        raise BadRequestError(objection)
+    node.change_members(lambda core: core.remove_member(member.member_id))
+
+
+def _named(node: RaftNode, node_id: str) -> Member | None:
+    return next((m for m in node.membership.members if m.node_id == node_id), None)
+
+
+def _newcomer(argv: Argv) -> Member:
+    node_id, member_id, host = map(_text, argv[2:5])
+    port, peer_port = map(kv_commands.parse_int, argv[5:7])
+    if len(argv) == 8 and argv[7].upper() != b"LEARNER":
+        raise BadRequestError("after the ports only LEARNER may follow")
+    return Member(
+        _checked_member_id(member_id),
+        node_id,
+        host,
+        port,
+        peer_port,
+        voter=False,
+        stays_learner=len(argv) == 8,
+    )
+
+
+def _text(word: bytes) -> str:
+    try:
+        return word.decode("ascii")
+    except UnicodeDecodeError:
+        raise BadRequestError("names and addresses are ASCII") from None
+
+
+def _checked_member_id(member_id: str) -> MemberId:
+    if len(member_id) != 16 or not set(member_id) <= set("0123456789abcdef"):
+        raise BadRequestError("a member id is 16 hex digits")
+    return member_id
+
+
+# ---- Who leads it ------------------------------------------------------------------------------
+
+
+def fail_over(node: RaftNode, argv: Argv) -> Reply:
+    """``FAILOVER [TO node-id]``: hand the leadership over; who leads now, as JSON."""
+    if len(argv) == 1:
+        primary = node.hand_over(None)
+    elif len(argv) == 3 and argv[1].upper() == b"TO":
+        target = _named(node, _text(argv[2]))
+        if target is None or not target.voter:
+            raise BadRequestError(f"there is no voter {_text(argv[2])}")
+        leads = target.member_id == node.identity.member_id and node.is_primary
+        primary = target if leads else node.hand_over(target.member_id)
+    else:
+        raise BadRequestError("say FAILOVER, or FAILOVER TO node-id")
+    return json.dumps({"primary": address_fields(primary)}).encode()
+
+
+# ---- Its backup --------------------------------------------------------------------------------
+
+
+def backup(node: RaftNode) -> Iterator[bytes]:
+    """A line of JSON, then the state in chunks, each after its length; the length 0 ends it.
+
+    Any node may be asked. It is the state that it saved a moment ago.
+    """
+    reader = node.open_backup()
+    try:
+        header = reader.header
+        fields = {
+            "status": "OK",
+            "bytes": reader.size_bytes,
+            "keys": header.keys,
+            "applied_index": header.applied_index,
+            "state_hash": f"{header.state_hash:016x}",
+        }
+        yield json.dumps(fields).encode() + b"\n"
+        offset = 0
+        while data := reader.read(offset, BACKUP_CHUNK_BYTES):
+            offset += len(data)
+            yield _CHUNK_LENGTH.pack(len(data)) + data
+        yield _CHUNK_LENGTH.pack(0)
+    finally:
+        reader.close()

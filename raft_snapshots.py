@@ -1,0 +1,471 @@
+"""The state on disk and on its way to followers: thread ``state-flusher``, snapshots out and in.
+
+Rule 1: the log lets go of an entry only when the state that holds its effect is durable (paper 7).
+Rule 2: a follower answers each chunk, and only then gets the next; it is sent from a copy of the
+state, so the primary goes on serving and saving.
+Rule 3: a received state is complete, checked and durable under its final name before the core
+hears of it and the log is emptied; a crash between any two steps leaves a state and a log that fit
+(``recover``).
+Rule 4: a transfer may be interrupted at any point: a chunk that is repeated is answered by what is
+there, one that does not follow on makes both sides begin anew.
+
+``raft_node.py`` calls this and is called back through ``Host``. The files are ``state_db.py``'s.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+import secrets
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, Protocol
+
+from kv_store import KeyValueStore, Slice
+from raft_core import RaftCore
+from raft_log import RaftLog
+from raft_status import NodeConfig
+from raft_types import (
+    Entry,
+    EntryKind,
+    HardState,
+    Member,
+    MemberId,
+    Membership,
+    Message,
+    Snapshot,
+    SnapshotChunk,
+    SnapshotOutcome,
+    SnapshotReply,
+)
+from replication_log import Recovered, ReplicationLog
+from replication_log_format import DataDirError
+from state_db import SnapshotReader, SnapshotWriter, StateDb, StateDbError, StateHeader
+
+log = logging.getLogger(__name__)
+
+CHUNK_BYTES: Final = 256 * 1024
+# A state this old is saved even if the log is short: so the next start has little to replay.
+SAVE_INTERVAL_S: Final = 60.0
+POLL_S: Final = 0.5
+RESEND_S: Final = 3.0
+RETRY_S: Final = 5.0
+# While a snapshot is under way, the log behind it is kept up to this many times its usual size.
+PINNED_FACTOR: Final = 4
+
+
+class Host(Protocol):
+    """What ``StateKeeper`` needs of the node. Each takes the locks that it needs."""
+
+    @property
+    def is_suspect(self) -> bool:
+        """This node's state differs from the others': it must not get onto the disk."""
+
+    def begin_flush(self) -> tuple[StateHeader, Iterator[Slice]]:
+        """The state as it is now, and what has changed in it since the last flush."""
+
+    def end_flush(self, *, saved: bool) -> None:
+        """That flush is over."""
+
+    def drop_log(self, index: int) -> None:
+        """Let go of entries before ``index``, on disk and in the core."""
+
+    def snapshot_ended(self, member_id: MemberId, index: int | None) -> None:
+        """This follower has the state at ``index``, or (None) has to begin anew."""
+
+    def post(self, message: Message) -> None:
+        """Send this, or lose it."""
+
+    def answer_chunk(
+        self, chunk: SnapshotChunk, received_bytes: int, outcome: SnapshotOutcome
+    ) -> None:
+        """Answer the leader."""
+
+    def install(
+        self, snapshot: Snapshot, received: KeyValueStore, make_durable: Callable[[], None]
+    ) -> bool:
+        """Make a state that was received this node's; False: it has got as far by itself."""
+
+
+def snapshot_of(header: StateHeader) -> Snapshot:
+    """What the core must know of a state on disk."""
+    membership = Membership.decode(header.membership) if header.membership else Membership()
+    return Snapshot(header.applied_index, header.applied_term, membership, header.membership_index)
+
+
+def fit_log(disk: ReplicationLog, snapshot: Snapshot) -> bool:
+    """Make the log one that goes on from the state on disk; True if it was emptied for that.
+
+    A crash while a snapshot was installed leaves the log of before, which ends too early or has
+    another entry there. Raises DataDirError if it begins too late: what is between is lost.
+    """
+    index = snapshot.index
+    if index + 1 < disk.first_index:
+        raise DataDirError(
+            f"the state ends at entry {index}, and the log begins only at entry "
+            f"{disk.first_index}: what was between is lost. While the others are a majority, move this "
+            "data directory away and start the node again: it copies the data from them."
+        )
+    if index <= disk.last_index and disk.term_at(index) == snapshot.term:
+        return False
+    log.warning("the log does not hold what the state has: it begins anew index=%d", index)
+    disk.reset(index, snapshot.term)
+    return True
+
+
+def restore_backup(path: Path, disk: ReplicationLog, state: StateDb) -> StateHeader:
+    """Make a backup the state of a directory that belongs to no cluster yet.
+
+    Raises StateDbError or OSError.
+    """
+    writer = state.receive_snapshot()
+    try:
+        with path.open("rb") as file:
+            while data := file.read(CHUNK_BYTES):
+                writer.write(data)
+        header, _ = writer.finish()
+        writer.install()
+    finally:
+        writer.abort()
+    # A term that the state has seen is one that this server has reached.
+    disk.append(HardState(header.applied_term, None), [])
+    disk.reset(header.applied_index, header.applied_term)
+    return header
+
+
+def found_cluster(disk: ReplicationLog, founder: Member) -> None:
+    """Make ``founder`` the only member of a new cluster, whatever its state says of members."""
+    term = max(1, disk.term_at(disk.last_index))
+    membership = Membership((founder,)).encode()
+    entry = Entry(disk.last_index + 1, term, EntryKind.MEMBERSHIP, membership)
+    disk.append(HardState(term, None), [entry])
+
+
+def recovered_core(
+    member_id: MemberId, config: NodeConfig, recovered: Recovered, snapshot: Snapshot
+) -> RaftCore:
+    """Raft's part as the disk has it: the log, behind the state at ``snapshot.index``."""
+    return RaftCore(
+        member_id,
+        config.in_ticks(),
+        RaftLog(
+            recovered.last_index,
+            recovered.term_runs,
+            recovered.tail,
+            first_index=recovered.first_index,
+            base_term=recovered.base_term,
+        ),
+        recovered.hard_state,
+        [(snapshot.membership_index, snapshot.membership), *recovered.memberships],
+        random.Random(),
+        commit_index=snapshot.index,
+    )
+
+
+@dataclass
+class _Outgoing:
+    """The transfer of a state to one follower."""
+
+    member_id: MemberId
+    reader: SnapshotReader
+    snapshot_id: int
+    began_s: float
+    sent_s: float
+    offset: int = 0  # the follower has what comes before
+
+
+@dataclass
+class _Incoming:
+    """The transfer of a state to this node."""
+
+    last_chunk: SnapshotChunk
+    writer: SnapshotWriter
+    is_whole: bool = False
+
+
+class StateKeeper:
+    """Keeps the state file near the state in memory, and moves it between nodes.
+
+    Threads: ``state-flusher`` saves, opens and installs; ``raft-recv-NAME`` sends and writes the
+    chunks of its peer.
+    """
+
+    def __init__(
+        self,
+        member_id: MemberId,
+        disk: ReplicationLog,
+        state: StateDb,
+        host: Host,
+        saved_index: int,
+        log_bytes_max: int,
+    ) -> None:
+        self._member_id = member_id
+        self._disk = disk
+        self._state = state
+        self._host = host
+        self._log_bytes_max = log_bytes_max
+        # Guards the fields below, for memory work only. May be taken with the node's locks held.
+        self._lock = threading.Lock()
+        self._due = threading.Condition(self._lock)
+        self._term = 0  # of this node's leadership; 0: it does not lead
+        self._wanted: set[MemberId] = set()  # followers that need a snapshot
+        self._begun_s: dict[MemberId, float] = {}  # when they were last sent one
+        self._outgoing: dict[MemberId, _Outgoing] = {}
+        self._over: list[_Outgoing] = []  # whose files are to be closed
+        self._incoming: _Incoming | None = None
+        self._stopping = False
+        # Held while the state is saved; guards what follows. Outside of any other lock.
+        self._saving = threading.Lock()
+        self._saved_index = saved_index
+        self._saved_s = time.monotonic()
+        self._saved_log_bytes = 0  # what of the log was left after the last save
+        self.trouble = ""  # why the state can't be saved, for a person; "" if it can
+
+    # ---- Any thread, any lock held -------------------------------------------------------------
+
+    def lead(self, term: int) -> None:
+        """This node leads in ``term``, or (0) no longer: its transfers are over."""
+        with self._lock:
+            if term != self._term:
+                self._term = term
+                self._wanted.clear()
+                self._over += self._outgoing.values()
+                self._outgoing.clear()
+                self._due.notify()
+
+    def want(self, member_id: MemberId) -> None:
+        """This follower needs entries that the log no longer holds."""
+        with self._lock:
+            self._wanted.add(member_id)
+            self._due.notify()
+
+    def progress(self) -> dict[MemberId, float]:
+        """The followers that are getting a snapshot, and which share of it they have."""
+        with self._lock:
+            waiting = dict.fromkeys(self._wanted, 0.0)
+            sent = {m: out.offset / out.reader.size_bytes for m, out in self._outgoing.items()}
+            return waiting | sent
+
+    # ---- Threads raft-recv-NAME and raft-peer-NAME ---------------------------------------------
+
+    def resend(self, member_id: MemberId) -> None:
+        """What was on its way to this follower may be lost."""
+        with self._lock:
+            outgoing = self._outgoing.get(member_id)
+            term = self._term
+        if outgoing is not None:
+            self._send(outgoing, term)
+
+    def _send(self, outgoing: _Outgoing, term: int) -> None:
+        outgoing.sent_s = time.monotonic()
+        try:
+            data = outgoing.reader.read(outgoing.offset, CHUNK_BYTES)
+        except OSError as error:  # closed: this leadership is over
+            log.debug("snapshot not sent: %s", error)
+            return
+        self._host.post(
+            SnapshotChunk(
+                sender=self._member_id,
+                to=outgoing.member_id,
+                term=term,
+                snapshot_id=outgoing.snapshot_id,
+                offset=outgoing.offset,
+                data=data,
+                is_last=outgoing.offset + len(data) == outgoing.reader.size_bytes,
+            )
+        )
+
+    def on_reply(self, reply: SnapshotReply) -> None:
+        """A follower's answer to a chunk, of this leadership."""
+        with self._lock:
+            outgoing = self._outgoing.get(reply.sender)
+            if outgoing is None or outgoing.snapshot_id != reply.snapshot_id:
+                return
+            if reply.outcome is not SnapshotOutcome.MORE:
+                self._over.append(self._outgoing.pop(reply.sender))
+                self._due.notify()
+        index = None
+        if reply.outcome is SnapshotOutcome.MORE:
+            # An answer that is repeated asks for nothing new.
+            if reply.received_bytes > outgoing.offset:
+                outgoing.offset = reply.received_bytes
+                self._send(outgoing, reply.term)
+            return
+        if reply.outcome is SnapshotOutcome.INSTALLED:
+            index = outgoing.reader.header.applied_index
+            took_s = time.monotonic() - outgoing.began_s
+            log.info("snapshot installed by member=%s seconds=%.1f", reply.sender, took_s)
+            if index + 1 < self._disk.first_index:
+                log.error(
+                    "member=%s can't keep up: while it installed, the log went beyond what it "
+                    "needs next; it begins anew. Give more --max-log.",
+                    reply.sender,
+                )
+        self._host.snapshot_ended(reply.sender, index)
+
+    def on_chunk(self, chunk: SnapshotChunk) -> None:
+        """A chunk from the leader of the present term."""
+        with self._lock:
+            incoming = self._incoming
+            if incoming is not None and incoming.is_whole:
+                incoming.last_chunk = chunk  # answered when that one is installed
+                return
+        if incoming is None or incoming.last_chunk.snapshot_id != chunk.snapshot_id:
+            if chunk.offset:
+                self._host.answer_chunk(chunk, 0, SnapshotOutcome.REFUSED)
+                return
+            if incoming is not None:
+                incoming.writer.abort()
+            log.info("receiving a snapshot from=%s", chunk.sender)
+            incoming = _Incoming(chunk, self._state.receive_snapshot())
+        incoming.last_chunk = chunk
+        if chunk.offset == incoming.writer.received_bytes:
+            try:
+                incoming.writer.write(chunk.data)
+            except OSError as error:
+                self._refuse(incoming, error)
+                return
+            incoming.is_whole = chunk.is_last
+        with self._lock:
+            self._incoming = incoming
+            if incoming.is_whole:
+                self._due.notify()
+                return
+        received_bytes = incoming.writer.received_bytes
+        self._host.answer_chunk(chunk, received_bytes, SnapshotOutcome.MORE)
+
+    def _refuse(self, incoming: _Incoming, error: Exception) -> None:
+        log.error("a snapshot can't be installed: %s", error)
+        incoming.writer.abort()
+        with self._lock:
+            self._incoming = None
+        self._host.answer_chunk(incoming.last_chunk, 0, SnapshotOutcome.REFUSED)
+
+    # ---- Thread state-flusher ------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Until ``stop``, then save once more."""
+        while not self._stopping:
+            with self._lock:
+                whole = self._incoming is not None and self._incoming.is_whole
+                if not (self._may_begin_locked() or self._over or whole):
+                    self._due.wait(POLL_S)
+                over, self._over = self._over, []
+                wanted = self._may_begin_locked()
+                self._wanted.difference_update(wanted)
+            for outgoing in over:
+                outgoing.reader.close()
+            self._install_received()
+            if self._is_save_due():
+                self.save()
+            for member_id in wanted:
+                self._begin_sending(member_id)
+            self._resend_late()
+        self.save()
+
+    def _may_begin_locked(self) -> list[MemberId]:
+        # A follower that refuses what it gets, its disk full perhaps, is not to keep ours busy.
+        latest_s = time.monotonic() - RETRY_S
+        return [m for m in self._wanted if self._begun_s.get(m, latest_s) <= latest_s]
+
+    def stop(self) -> None:
+        """Let ``run`` end."""
+        with self._lock:
+            self._stopping = True
+            self._due.notify()
+
+    def open_backup(self) -> SnapshotReader:
+        """The state as it is now, as bytes. Any thread. Raises OSError, StateDbError."""
+        self.save()
+        if self.trouble:
+            raise OSError(self.trouble)
+        return self._state.open_snapshot()
+
+    def _is_save_due(self) -> bool:
+        if self._disk.size_bytes - self._saved_log_bytes > self._log_bytes_max // 2:
+            return True
+        return time.monotonic() - self._saved_s > SAVE_INTERVAL_S
+
+    def save(self) -> None:
+        """Bring the state file up to date, and let go of the log behind it."""
+        with self._saving:
+            if not self._host.is_suspect:
+                self._save()
+
+    def _save(self) -> None:
+        header, slices = self._host.begin_flush()
+        saved = header.applied_index == self._saved_index
+        try:
+            if not saved:
+                self._state.save(header, slices)
+                saved = True
+            self.trouble = ""
+        except (OSError, StateDbError) as error:
+            if not self.trouble:
+                log.error("the state can't be saved, so the log grows: %s", error)
+            self.trouble = f"the state can't be saved: {error}"
+        finally:
+            self._host.end_flush(saved=saved)
+        self._saved_s = time.monotonic()
+        if saved:
+            self._saved_index = header.applied_index
+            self._drop_log()
+        self._saved_log_bytes = self._disk.size_bytes
+
+    def _drop_log(self) -> None:
+        keep = min(self._saved_index + 1, self._disk.tail_start(self._log_bytes_max // 2))
+        with self._lock:
+            pins = [o.reader.header.applied_index + 1 for o in self._outgoing.values()]
+        if self._disk.size_bytes < PINNED_FACTOR * self._log_bytes_max:
+            keep = min([keep, *pins])
+        if keep > self._disk.first_index:
+            self._host.drop_log(keep)
+
+    def _begin_sending(self, member_id: MemberId) -> None:
+        with self._lock:
+            term = self._term
+        if not term:
+            return
+        reader = self._state.open_snapshot()
+        now_s = time.monotonic()
+        outgoing = _Outgoing(member_id, reader, secrets.randbits(63), now_s, now_s)
+        with self._lock:
+            if self._term != term or member_id in self._outgoing:
+                self._over.append(outgoing)
+                return
+            self._outgoing[member_id] = outgoing
+            self._begun_s[member_id] = now_s
+        index = reader.header.applied_index
+        log.info("sending a snapshot to=%s index=%d bytes=%d", member_id, index, reader.size_bytes)
+        self._send(outgoing, term)
+
+    def _resend_late(self) -> None:
+        oldest_s = time.monotonic() - RESEND_S
+        with self._lock:
+            late = [m for m, outgoing in self._outgoing.items() if outgoing.sent_s < oldest_s]
+        for member_id in late:
+            self.resend(member_id)
+
+    def _install_received(self) -> None:
+        with self._lock:
+            incoming = self._incoming
+            if incoming is None or not incoming.is_whole:
+                return
+        try:
+            header, received = incoming.writer.finish()
+        except (OSError, StateDbError) as error:
+            self._refuse(incoming, error)
+            return
+        snapshot = snapshot_of(header)
+        if self._host.install(snapshot, received, incoming.writer.install):
+            self._saved_index = snapshot.index
+            log.info("installed a snapshot index=%d keys=%d", snapshot.index, header.keys)
+        incoming.writer.abort()
+        with self._lock:
+            self._incoming = None
+        self._host.answer_chunk(
+            incoming.last_chunk, incoming.writer.received_bytes, SnapshotOutcome.INSTALLED
+        )
