@@ -365,6 +365,8 @@ class RaftNode:
         with self._lock:
             if self._core.role is not Role.LEADER:
                 raise self._not_primary_locked()
+            if self._dead.issuperset(self._others_locked()):
+                raise BusyError("no other voter lives")
             try:
                 self._core.transfer_to(target)
             except TransferRefusedError as error:
@@ -377,10 +379,15 @@ class RaftNode:
                 primary = self._primary_locked()
                 if primary is not None and primary.member_id != self.identity.member_id:
                     return primary
-                if self._core.role is Role.LEADER and self._core.transfer_target is None:
+                heir = self._core.transfer_target
+                if self._core.role is Role.LEADER and (heir is None or heir in self._dead):
                     break
                 self._primary_changed.wait(TICK_S)
         raise BusyError("the leadership was not taken over in time: this node goes on")
+
+    def _others_locked(self) -> set[MemberId]:
+        """The other voters."""
+        return set(self._core.membership.voters) - {self.identity.member_id}
 
     def open_backup(self) -> SnapshotReader:
         """The state that this node saves now, as bytes. Raises OSError, StateDbError."""
