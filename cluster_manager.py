@@ -68,6 +68,7 @@ START_TIMEOUT_S: Final = 60.0
 STOP_TIMEOUT_S: Final = 10.0  # as Docker's, before it kills
 TAKE_BACK_TIMEOUT_S: Final = 10.0
 COMMAND_TIMEOUT_S: Final = 10.0  # a transfer of leadership ends within an election timeout
+HAND_OVER_TIMEOUT_S: Final = 15.0  # so long it is asked for again while the primary is busy
 REFUSED_FOR_NOW: Final = ("BUSY", "NO_PRIMARY", "NOT_PRIMARY")
 WATCH_S: Final = 0.5
 NOT_RUNNING: Final = "The cluster is not running."
@@ -291,7 +292,7 @@ class ClusterManager:
                         f"{port_user(port)}: end that process, or give another --base-port"
                     )
         nobody = len(missing) == len(self.nodes) and not any(n.holds_data() for n in self.nodes)
-        if self._local.record and nobody:
+        if self._local.record and nobody and not self.nodes[0].in_memory:
             raise ManagerError(
                 f"no node directory in {self.data_dir} holds data any more, but a cluster was "
                 f"founded there. Restore the directories; or, if the data may be given up, remove "
@@ -390,7 +391,7 @@ class ClusterManager:
                 self._processes.end([n for n in self.nodes if n.node_id == primary], report)
                 report("Cluster stopped.")
             for node in self.nodes:
-                node.pid_file.unlink(missing_ok=True)  # stale ones too
+                node.bury()  # what has died long ago, too
 
     def restart(self, report: Report = print, progress: Report = _nothing) -> None:
         """Restart one node after the other, the primary last, while the rest goes on serving.
@@ -461,7 +462,7 @@ class ClusterManager:
             return status.primary not in (None, old) and to in (None, status.primary)
 
         command = f"FAILOVER TO {to}" if to else "FAILOVER"
-        status = self._tell_primary(command, done, progress)
+        status = self._tell_primary(command, done, progress, HAND_OVER_TIMEOUT_S)
         report(f"{status.primary} is the primary now, in place of {old}.")
 
     def add(

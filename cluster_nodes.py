@@ -16,6 +16,7 @@ import itertools
 import json
 import os
 import secrets
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -93,9 +94,11 @@ class Node:
     listen_host: str
     address: Address  # that clients and peers are given
     peer_port: int
+    home: Path  # for what is kept of it outside of its own directory
     directory: Path
+    in_memory: bool  # the directory is lost with the process
     flags: tuple[str, ...]  # that make it this node and no other
-    learner: bool = False  # a read copy, which never votes
+    learner: bool  # a read copy, which never votes
 
     @property
     def port(self) -> int:
@@ -109,17 +112,19 @@ class Node:
 
     @property
     def log(self) -> Path:
-        return self.directory.with_name(f"{self.node_id}.log")
+        return self.home / f"{self.node_id}.log"
 
     @property
     def pid_file(self) -> Path:
-        return self.directory.with_name(f"{self.node_id}.pid")
+        return self.home / f"{self.node_id}.pid"
 
     def identity(self) -> Mapping[str, str]:
-        """What the directory says of who it is; empty if there is nothing in it.
+        """What the directory says of who it is; empty if there is nothing in it that counts.
 
         Raises OSError, ValueError, KeyError or TypeError if it cannot be read.
         """
+        if self.in_memory:
+            return {}  # what a process has left there is void
         try:
             identity = json.loads((self.directory / "identity.json").read_bytes())
         except FileNotFoundError:
@@ -132,6 +137,14 @@ class Node:
             return bool(self.identity().get("cluster_id"))
         except (OSError, ValueError, KeyError, TypeError):
             return True  # what cannot be read is not taken for nothing: the node itself will tell
+
+    def bury(self) -> None:
+        """Remove what nobody needs when the process has ended: not its data on disk."""
+        self.pid_file.unlink(missing_ok=True)
+        if self.in_memory:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            with suppress(OSError):
+                self.directory.parent.rmdir()
 
     def set_aside(self, why: str) -> Path | None:
         """Rename the directory, so that the node starts with an empty one; where it is now."""
@@ -610,7 +623,7 @@ class Processes:
                     seconds = f"{self._stop_timeout_s:g} s"
                     report(f"{node.node_id} did not stop within {seconds}: killed with SIGKILL.")
                     self.kill(node, process)
-                node.pid_file.unlink(missing_ok=True)
+                node.bury()
 
     def kill(self, node: Node, process: psutil.Process) -> None:
         """SIGKILL: the node ends at once, as in a crash. Its pid file stays."""
@@ -738,19 +751,31 @@ class LocalNodes:
     def place(self, node_id: str, place: Place) -> Node:
         """The node of that place. Raises ConfigError if a server would refuse its settings."""
         port, peer_port = place.port, place.port + PEER_PORT_OFFSET
-        directory = self.data_dir / node_id
         if peer_port > PORT_MAX:
             raise ConfigError(f"--base-port: {node_id}'s port for peers would be {peer_port}")
-        given = {"node-id": node_id, "port": port, "peer-port": peer_port, "data-dir": directory}
-        flags = tuple(f"--{name}={value}" for name, value in given.items())
+        given = {"node-id": node_id, "port": port, "peer-port": peer_port}
+        flags = [f"--{name}={value}" for name, value in given.items()]
         settings = parse_settings([*flags, *self._server_args], os.environ)
+        directory = settings.data_dir
+        if not settings.in_memory:
+            directory = self.data_dir / node_id
+            flags.append(f"--data-dir={directory}")
         if settings.primary:
             raise ConfigError(
                 "the manager says which node founds the cluster: take `primary` out of KV_PRIMARY "
                 "and of the configuration file"
             )
-        address = settings.advertise_host, port
-        return Node(node_id, settings.host, address, peer_port, directory, flags, place.learner)
+        return Node(
+            node_id=node_id,
+            listen_host=settings.host,
+            address=(settings.advertise_host, port),
+            peer_port=peer_port,
+            home=self.data_dir,
+            directory=directory,
+            in_memory=settings.in_memory,
+            flags=tuple(flags),
+            learner=place.learner,
+        )
 
     def new_place(self, node_id: str, *, learner: bool = False) -> Node:
         """A node on the next free port after the base port."""
@@ -769,8 +794,8 @@ class LocalNodes:
 
     def forget(self, node: Node, why: str) -> Path | None:
         """Take the node off the record; where its directory, which is kept, is now."""
+        node.bury()
         aside = node.set_aside(why)
-        node.pid_file.unlink(missing_ok=True)
         self._save({name: at for name, at in self._places().items() if name != node.node_id})
         return aside
 

@@ -152,7 +152,6 @@ class Cluster:
     def __init__(self, *server_args: str, nodes: int = 3) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="kv-cluster-"))
         self.manager = ClusterManager(nodes, None, self.directory / "data", server_args)
-        self.node_ids = tuple(node.node_id for node in self.manager.nodes)
         self._suspended: set[str] = set()
 
     def __enter__(self) -> Self:
@@ -176,6 +175,8 @@ class Cluster:
         for node_id in self.node_ids:
             if self.process(node_id) is not None:
                 self.manager.kill_node(node_id)
+        for node in self.manager.nodes:
+            node.bury()
         shutil.rmtree(self.directory)
 
     # ---- Faults and repair ----
@@ -210,6 +211,10 @@ class Cluster:
             self.manager.resume(node_id)
 
     # ---- What there is ----
+
+    @property
+    def node_ids(self) -> tuple[str, ...]:
+        return tuple(node.node_id for node in self.manager.nodes)
 
     def node(self, node_id: str) -> Node:
         return self.manager.node(node_id)
