@@ -107,7 +107,7 @@ def _risk(status: ClusterStatus, without: str, *, voters: int) -> str:
         return ""
     if not status.healthy:
         return "no majority of the voters follows a primary"
-    return f"of {counted(voters, 'voter')} {needed} are needed, and {left} would be left"
+    return f"it takes {needed} of {counted(voters, 'voter')}, and {left} would be left"
 
 
 @dataclass(slots=True)
@@ -450,12 +450,14 @@ class ClusterManager:
     ) -> None:
         """Have the primary hand over to ``to``, or to the voter that is most up to date."""
         with self._local.exclusively():
-            old = self._need_primary().primary
-            assert old is not None
-            if to == old:
+            status = self._need_primary()
+            assert status.primary is not None
+            if to == status.primary:
                 report(f"{to} is the primary already.")
+            elif status.voters == 1:
+                raise ManagerError(f"{status.primary} is the only voter: nobody else can lead")
             else:
-                self._hand_over(old, to, report, progress)
+                self._hand_over(status.primary, to, report, progress)
 
     def _hand_over(self, old: str, to: str | None, report: Report, progress: Report) -> None:
         def done(status: ClusterStatus) -> bool:
@@ -565,8 +567,6 @@ class ClusterManager:
 
         ``force`` sets the directories of an old cluster aside. Raises ManagerError.
         """
-        progress("checking the backup")
-        found = verify(path)
         with self._local.exclusively():
             running = [node.node_id for node in self.nodes if self._processes.find(node)]
             if running:
@@ -574,15 +574,15 @@ class ClusterManager:
                     f"{', '.join(running)} run: a restored cluster is a new one, so end the old "
                     "one first (--action stop)"
                 )
-            aside = None
-            if self._local.record or any(node.holds_data() for node in self.nodes):
-                if not force:
-                    raise ManagerError(
-                        f"{self.data_dir} has the data of a cluster. With --force it is set "
-                        "aside, and the restored cluster takes its place"
-                    )
-                aside = self._local.set_all_aside()
-                report(f"The data of before is kept in {aside}.")
+            if any(node.holds_data() for node in self.nodes) and not force:
+                raise ManagerError(
+                    f"a cluster has its data in {self.data_dir}: with --force that is set aside, "
+                    "and the restored cluster takes its place"
+                )
+            progress("checking the backup")
+            found = verify(path)
+            if aside := self._local.set_all_aside():
+                report(f"What was there before is kept in {aside}.")
             self._start_locked(report, progress, restore_from=path)
             assert self._local.record is not None
             report(f"Cluster {self._local.record.cluster_id} has {found}.")

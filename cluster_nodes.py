@@ -799,17 +799,22 @@ class LocalNodes:
         self._save({name: at for name, at in self._places().items() if name != node.node_id})
         return aside
 
-    def set_all_aside(self) -> Path:
-        """Move the record and all directories away; where they are now.
+    def set_all_aside(self) -> Path | None:
+        """Move the record and all directories away; where they are now, if there were any.
 
         The record goes last: until then ``start`` says that directories are missing.
         """
+        for node in self.nodes:
+            node.bury()
+        paths = (*(node.directory for node in self.nodes), self.record_path)
+        there = [path for path in paths if path.exists()]
+        self.record = None
+        if not there:
+            return None
         aside = _unused(self.data_dir / "before-restore")
         aside.mkdir()
-        for path in (*(node.directory for node in self.nodes), self.record_path):
-            if path.exists():
-                path.rename(aside / path.name)
-        self.record = None
+        for path in there:
+            path.rename(aside / path.name)
         return aside
 
     def founded(self, cluster_id: str) -> None:

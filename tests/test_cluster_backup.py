@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -173,17 +174,32 @@ def test_restore_when_there_is_data_then_needs_force_and_sets_it_aside(stream, c
     with pytest.raises(ManagerError, match="node1, node2 run: a restored cluster is a new one"):
         cluster.restore(stream, True)
     cluster.end()
-    with pytest.raises(ManagerError, match="has the data of a cluster"):
+    with pytest.raises(ManagerError, match=r"a cluster has its data in .*: with --force"):
         cluster.restore(stream)
     assert cluster.cluster_id() == before
 
     cluster.restore(stream, True, cluster.said.append)
 
     [aside] = cluster.data_dir.glob("before-restore-*")
-    assert f"The data of before is kept in {aside}." in cluster.said
+    assert f"What was there before is kept in {aside}." in cluster.said
     assert sorted(path.name for path in aside.iterdir()) == ["cluster.json", "node1", "node2"]
     assert cluster.cluster_id() != before
     assert {node.cluster_id for node in cluster.status().nodes} == {cluster.cluster_id()}
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_restore_when_all_directories_are_lost_then_needs_no_force(stream, cluster):
+    """There is nothing left that it could do away with."""
+    cluster.end()
+    for node in cluster.nodes:
+        shutil.rmtree(node.directory)
+
+    cluster.restore(stream, report=cluster.said.append)
+
+    [aside] = cluster.data_dir.glob("before-restore-*")
+    assert [path.name for path in aside.iterdir()] == ["cluster.json"]
+    assert cluster.status().healthy
 
 
 @pytest.mark.slow
@@ -201,12 +217,17 @@ def test_restore_when_the_cluster_had_a_shape_then_keeps_it(stream, cluster, mak
     assert restored.status().row("copy").learner
 
 
+@pytest.mark.slow
+@pytest.mark.cluster
 def test_restore_when_the_backup_is_damaged_then_nothing_is_touched(stream, make):
-    """It is checked before anything else is done."""
+    """It is checked before what is there is set aside."""
     cluster = make(nodes=1)
+    cluster.begin()
+    cluster.end()
+    before = sorted(cluster.data_dir.iterdir())
     stream.write_bytes(stream.read_bytes()[:-1])
 
-    with pytest.raises(ManagerError):
+    with pytest.raises(ManagerError, match="stream"):
         cluster.restore(stream, True)
 
-    assert not cluster.data_dir.exists()
+    assert sorted(cluster.data_dir.iterdir()) == before

@@ -7,6 +7,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -91,10 +92,10 @@ def test_tolerance_when_put_in_words_then_says_what_more_may_fail(well, voters, 
     ("well", "voters", "voters_then", "risk"),
     [
         (3, 3, 3, ""),
-        (2, 3, 3, "of 3 voters 2 are needed, and 1 would be left"),
-        (1, 1, 1, "of 1 voter 1 are needed, and 0 would be left"),
+        (2, 3, 3, "it takes 2 of 3 voters, and 1 would be left"),
+        (1, 1, 1, "it takes 1 of 1 voter, and 0 would be left"),
         (3, 3, 2, ""),
-        (2, 3, 2, "of 2 voters 2 are needed, and 1 would be left"),
+        (2, 3, 2, "it takes 2 of 2 voters, and 1 would be left"),
         (1, 3, 3, "no majority of the voters follows a primary"),
     ],
 )
@@ -174,7 +175,7 @@ def test_restart_when_it_would_cost_the_majority_then_refuses_and_says_why(make)
     cluster.begin()
     before = pids(cluster)
 
-    with pytest.raises(ManagerError, match="node2 is not restarted now: of 2 voters 2 are needed"):
+    with pytest.raises(ManagerError, match="node2 is not restarted now: it takes 2 of 2 voters"):
         cluster.restart(cluster.said.append)
 
     assert pids(cluster) == before
@@ -243,6 +244,18 @@ def test_failover_when_the_primary_refuses_then_fails_with_its_words(cluster: Cl
 
     assert done.returncode == 1
     assert "node1 refuses FAILOVER TO node9: node9 can't lead" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_failover_when_there_is_no_other_voter_then_refuses_at_once(make):
+    """A learner is not asked."""
+    cluster = make(nodes=1)
+    cluster.begin()
+    cluster.add("copy", True, cluster.said.append)
+
+    with pytest.raises(ManagerError, match="node1 is the only voter: nobody else can lead"):
+        cluster.failover()
 
 
 @pytest.mark.slow
@@ -405,7 +418,7 @@ def test_remove_when_the_rest_would_have_no_majority_then_refuses(cluster: Clust
     """Of three with one down, only the one that is down may go."""
     cluster.kill_node("node3")
 
-    with pytest.raises(ManagerError, match="node2 is not removed now: without it, of 2 voters 2"):
+    with pytest.raises(ManagerError, match="node2 is not removed now: without it, it takes 2 of 2"):
         cluster.remove("node2", cluster.said.append)
 
     assert cluster.running() == ["node1", "node2"]
@@ -438,11 +451,11 @@ def test_remove_when_the_node_is_on_another_host_then_only_its_membership_ends(c
         cluster.remove("far")
 
 
-def join_from_elsewhere(cluster: Cluster, node_id: str) -> None:
+def join_from_elsewhere(cluster: Cluster, node_id: str, port: int = 1) -> None:
     """A member that is no node of this manager: a learner, whose process has gone."""
     path = cluster.data_dir / "fake.json"
     fields = json.loads(path.read_text())
-    gone = {"host": "127.0.0.1", "port": 1, "voter": False, "process": [2**22, 0]}
+    gone = {"host": "127.0.0.1", "port": port, "voter": False, "process": [2**22, 0]}
     fields["members"]["m-far"] = {"node_id": node_id, **gone}
     new = path.with_suffix(".test")
     new.write_text(json.dumps(fields))
@@ -598,6 +611,29 @@ def test_replace_when_the_node_runs_then_refuses(cluster: Cluster):
         cluster.replace("node9")
 
     assert cluster.status().failures_tolerated == 1
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_replace_when_the_node_answers_on_another_host_then_refuses(cluster: Cluster):
+    """It is asked itself, for this host knows nothing of its process."""
+
+    def answer() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(1024)
+            connection.sendall(b'{"status": "OK", "member_id": "m-far"}\n')
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        join_from_elsewhere(cluster, "far", port=listener.getsockname()[1])
+        eventually(lambda: "far" in members(cluster))
+        far = threading.Thread(target=answer, name="far")
+        far.start()
+        with pytest.raises(ManagerError, match="far runs, and is replaced only when it is lost"):
+            cluster.replace("far")
+        far.join()
+
+    assert "far" in members(cluster)
 
 
 @pytest.mark.slow

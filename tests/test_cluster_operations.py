@@ -288,6 +288,20 @@ def test_in_memory_cluster_when_all_was_stopped_then_begins_anew():
         assert cluster.manager.status().cluster_id != old
 
 
+def test_in_memory_cluster_when_its_backup_is_restored_then_has_its_data_again(tmp_path: Path):
+    """That is its only way to outlive its processes."""
+    with Cluster("--in-memory", *SHORT_TIMERS) as cluster:
+        with cluster.client() as client:
+            client.set("key", "value")
+        cluster.manager.backup(tmp_path / "backup.kv", silent)
+        cluster.manager.stop(silent)
+
+        cluster.manager.restore(tmp_path / "backup.kv", report=silent)
+
+        with cluster.client() as client:
+            assert client.get("key") == "value"
+
+
 def test_stop_when_a_client_holds_a_connection_then_all_nodes_end_in_order(cluster):
     """The primary hands over where there is somebody to hand over to; nobody is killed."""
     said: list[str] = []
