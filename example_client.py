@@ -38,7 +38,7 @@ from kv_errors import (
     NoPrimaryError,
 )
 from kv_protocol import RequestParser, json_or_text, text_or_json_bytes
-from kv_types import Reply
+from kv_types import RepeatedReply, Reply
 
 if TYPE_CHECKING:
     from cluster_manager import ClusterManager
@@ -460,6 +460,8 @@ def show(reply: Reply) -> str:
             )
         case str() | int():
             return str(reply)
+        case RepeatedReply():
+            return show(reply.reply)
         case dict():
             return "\n".join(f"{show(key)}: {show(value)}" for key, value in reply.items())
         case _:

@@ -110,6 +110,10 @@ _TABLE: Final[dict[str, tuple[tuple[str, int, str, _Keys, str, str], ...]]] = {
         ("PURGE key deadline [key deadline ...]", -3, "write internal", _PAIRS, _OWN,
          "Deletes keys whose deadline is still the one named and has passed."),
     ),
+    "session": (
+        ("SESSION subcommand [argument ...]", -2, "write", _NONE, _OWN,
+         "OPEN, CLOSE id, or DO id serial first-unanswered command: a write that is done once."),
+    ),
     "connection": (
         ("PING [message]", -1, "fast", _NONE, "1.0.0", "PONG, or the message."),
         ("ECHO message", 2, "fast", _NONE, "1.0.0", "The message."),
@@ -400,6 +404,51 @@ def parse_increment(argv: Sequence[bytes]) -> int:
     return -amount
 
 
+# SESSION DO id serial first-unanswered; the command itself follows.
+_SESSION_WORDS: Final = 5
+# Those three numbers: the session, the serial of the command, and the first serial whose answer the
+# client has not seen.
+Once = tuple[int, int, int]
+
+
+def acting(argv: Sequence[bytes]) -> Sequence[bytes]:
+    """The command that acts: of a checked SESSION DO the one that it runs, else ``argv``."""
+    if len(argv) > _SESSION_WORDS and argv[0].upper() == b"SESSION":
+        return argv[_SESSION_WORDS:]
+    return argv
+
+
+def _check_session(argv: Sequence[bytes]) -> None:
+    word = argv[1].upper()
+    if word == b"DO":
+        _check_session_do(argv)
+    elif word not in {b"OPEN", b"CLOSE"}:
+        text = _printable(argv[1][:128])
+        raise BadRequestError(f"unknown subcommand '{text}'. Try HELP SESSION.")
+    elif len(argv) != (2 if word == b"OPEN" else 3):
+        raise wrong_arity(f"session|{word.decode()}")
+    elif word == b"CLOSE":
+        parse_int(argv[2])
+
+
+def _check_session_do(argv: Sequence[bytes]) -> None:
+    if len(argv) <= _SESSION_WORDS:
+        raise wrong_arity("session|do")
+    # Not ``parse_int``, which takes thrice the time.
+    session_id, serial, first_unanswered = argv[2:_SESSION_WORDS]
+    if not (session_id.isdigit() and serial.isdigit() and first_unanswered.isdigit()) or (
+        len(session_id) + len(serial) + len(first_unanswered) > 60
+    ):
+        raise BadRequestError("session, serial and first unanswered serial are positive integers")
+    if not 1 <= int(first_unanswered) <= int(serial) <= INT64_MAX >= int(session_id):
+        raise BadRequestError("serials begin with 1, and the first unanswered is not after its own")
+    if argv[_SESSION_WORDS].upper() == b"SESSION":
+        raise BadRequestError("SESSION DO cannot run another SESSION")
+    command = check(argv[_SESSION_WORDS:])
+    if "write" not in command.flags:
+        raise BadRequestError(f"'{command.name.lower()}' is no write, and needs no session")
+
+
 def _check_mset(argv: Sequence[bytes]) -> None:
     if len(argv) % 2 == 0:
         raise wrong_arity("mset")
@@ -433,6 +482,7 @@ _CHECKS: Final[dict[str, Callable[[Sequence[bytes]], object]]] = {
     "PEXPIREAT": parse_expire,
     "KEYS": _check_keys,
     "MSET": _check_mset,
+    "SESSION": _check_session,
     "PING": _check_ping,
     "FLUSHALL": _check_flushall,
 }
@@ -453,32 +503,57 @@ _PAYLOAD_FORMAT: Final = 1
 _PAYLOAD_HEADER = struct.Struct(">BQI")  # format, now_ms, argc; then argc lengths, then the args
 # Nearly all commands are this short, and a ready Struct halves the cost of packing.
 _SHORT_HEADERS = tuple(struct.Struct(f">BQI{argc}I") for argc in range(8))
+_ONCE_FORMAT: Final = 2
+_ONCE_HEADER = struct.Struct(">BQQQBQI")  # format and a Once; then a payload of format 1
+_SHORT_ONCE_HEADERS = tuple(struct.Struct(f">BQQQBQI{argc}I") for argc in range(8))
 
 
 def encode_payload(now_ms: int, argv: Sequence[bytes]) -> bytes:
-    """A command and its stamp as ``Entry.data``."""
+    """A checked command and its stamp as ``Entry.data``."""
     argc = len(argv)
+    if argc > _SESSION_WORDS and argv[0].upper() == b"SESSION" and argv[1].upper() == b"DO":
+        return _encode_once(now_ms, argv)
     header = _SHORT_HEADERS[argc] if argc < 8 else struct.Struct(f">BQI{argc}I")
     return header.pack(_PAYLOAD_FORMAT, now_ms, argc, *map(len, argv)) + b"".join(argv)
 
 
-def decode_payload(data: bytes) -> tuple[int, list[bytes]]:
-    """The stamp and the command; raises ValueError for bytes that ``encode_payload`` never made."""
-    if len(data) < _PAYLOAD_HEADER.size:
+def _encode_once(now_ms: int, argv: Sequence[bytes]) -> bytes:
+    once = int(argv[2]), int(argv[3]), int(argv[4])
+    argv = argv[_SESSION_WORDS:]
+    argc = len(argv)
+    header = _SHORT_ONCE_HEADERS[argc] if argc < 8 else struct.Struct(f">BQQQBQI{argc}I")
+    start = header.pack(_ONCE_FORMAT, *once, _PAYLOAD_FORMAT, now_ms, argc, *map(len, argv))
+    return start + b"".join(argv)
+
+
+def decode_payload(data: bytes) -> tuple[int, list[bytes], Once | None]:
+    """The stamp, the command, and under which serial it is done once, if under any.
+
+    Raises ValueError for bytes that ``encode_payload`` never made.
+    """
+    once, start = None, _PAYLOAD_HEADER.size
+    if len(data) < start:
         raise ValueError("a payload's header is cut short")
     payload_format, now_ms, argc = _PAYLOAD_HEADER.unpack_from(data)
+    if payload_format == _ONCE_FORMAT:
+        start = _ONCE_HEADER.size
+        if len(data) < start:
+            raise ValueError("a payload's header is cut short")
+        header = _ONCE_HEADER.unpack_from(data)
+        _, session_id, serial, first_unanswered, payload_format, now_ms, argc = header
+        once = (session_id, serial, first_unanswered)
     if payload_format != _PAYLOAD_FORMAT:
         raise ValueError(f"unknown payload format {payload_format}")
-    start = _PAYLOAD_HEADER.size + 4 * argc
+    at, start = start, start + 4 * argc
     if not argc or len(data) < start:
         raise ValueError(f"a payload's {argc} lengths are cut short")
     argv = []
-    for length in struct.unpack_from(f">{argc}I", data, _PAYLOAD_HEADER.size):
+    for length in struct.unpack_from(f">{argc}I", data, at):
         argv.append(data[start : start + length])
         start += length
     if start != len(data):
         raise ValueError(f"a payload of {len(data)} bytes says that it has {start}")
-    return now_ms, argv
+    return now_ms, argv, once
 
 
 # ---- Slots and patterns ------------------------------------------------------------------------

@@ -97,6 +97,17 @@ class BusyError(KVError):
     retryable = True
 
 
+class NoSessionError(KVError):
+    """No such client session (any more). This attempt was not done, and none after it can be.
+
+    Whether an earlier attempt under the same serial was done is unknown then: the record of it
+    went with the session. Source: thesis 6.3.
+    """
+
+    code = "NO_SESSION"
+    resp_code = "NOSESSION"
+
+
 class OutcomeUnknownError(KVError):
     """The write was proposed but not seen to commit; it may have been done or may still be.
 
@@ -106,3 +117,14 @@ class OutcomeUnknownError(KVError):
     code = "UNKNOWN"
     resp_code = "UNKNOWN"
     definite = False
+
+
+class AnswerForgottenError(OutcomeUnknownError):
+    """The answer to this serial of a client session is not kept (any more); nothing was done now.
+
+    Either the client has said that it had the answer, or the answer was too large to keep: then the
+    request was done, by an earlier attempt.
+    """
+
+    code = "FORGOTTEN"
+    resp_code = "FORGOTTEN"

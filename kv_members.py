@@ -79,6 +79,7 @@ def _status_of(
         "last_index": status.last_index,
         "state_hash": f"{status.state_hash:016x}",
         "keys": len(store),
+        "sessions": len(store.sessions),
         "voters": status.voters,
         "failures_tolerated": status.failures_tolerated,
         "trouble": "; ".join(filter(None, trouble)) or None,

@@ -23,11 +23,13 @@ from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from kv_errors import (
+    AnswerForgottenError,
     BadRequestError,
     BusyError,
     KVError,
     MismatchError,
     NoPrimaryError,
+    NoSessionError,
     NoSpaceError,
     NotPrimaryError,
     OutcomeUnknownError,
@@ -35,7 +37,7 @@ from kv_errors import (
     ProtocolError,
     TooLargeError,
 )
-from kv_types import OK, Reply, SimpleString, Verbatim
+from kv_types import OK, RepeatedReply, Reply, SimpleString, Verbatim
 
 # What a parser hands out: a request's argv, or the error that stands in its place.
 Item = list[bytes] | KVError
@@ -319,7 +321,11 @@ _HTTP = re.compile(
 )
 # The requests whose last argument is the rest of the line, by their number of words before it.
 _WORDS_BEFORE_REST: Final = {b"SET": 2, b"CAS": 3}
-_TAKES_REST = re.compile(rb"\s{0,8}(?:SET|CAS)\s", re.IGNORECASE)
+# They may stand in a SESSION DO, after this many words.
+_SESSION_WORDS: Final = 5
+_TAKES_REST = re.compile(
+    rb"\s{0,8}(?:SESSION\s{1,8}DO\s{1,8}(?:\d{1,19}\s{1,8}){3})?(?:SET|CAS)\s", re.IGNORECASE
+)
 _LINE_WORD = re.compile(rb'"((?:\\.|[^"\\])*+)"(?=\s|\Z)|([^\s"]\S*+)', re.DOTALL)
 # As Redis' sdssplitargs: a quote may open inside a word and must close at its end.
 _INLINE_WORD = re.compile(
@@ -352,6 +358,9 @@ def _split_line(line: bytes) -> list[bytes]:
         at = word.end()
         if len(argv) == 1:
             words_before_rest = _WORDS_BEFORE_REST.get(argv[0].upper())
+        elif len(argv) == _SESSION_WORDS + 1 and argv[0].upper() == b"SESSION":
+            words = _WORDS_BEFORE_REST.get(argv[-1].upper())
+            words_before_rest = words and _SESSION_WORDS + words
     if at < len(line):
         argv.append(line[at + 1 :])
     return argv
@@ -436,6 +445,8 @@ def _encode_into(parts: list[bytes], reply: Reply, protocol: int, slot: int) -> 
         case list() | tuple():
             parts.append(b"*%d\r\n" % len(reply))
             parts += [encode_reply(item, protocol, slot) for item in reply]
+        case RepeatedReply():
+            parts.append(encode_reply(reply.reply, protocol, slot))
         case _:
             raise TypeError(f"{type(reply).__name__} is not a reply")
 
@@ -467,7 +478,9 @@ _ERRORS: Final[dict[str, type[KVError]]] = {
         NoSpaceError,
         OutOfMemoryError,
         BusyError,
+        NoSessionError,
         OutcomeUnknownError,
+        AnswerForgottenError,
     )
 }
 

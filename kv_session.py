@@ -41,7 +41,7 @@ from kv_errors import (
 )
 from kv_protocol import Item, RequestParser, encode_line, encode_reply, line_key, line_value
 from kv_store import ExpiredKeysError, KeyValueStore, purge_request
-from kv_types import OK, Reply, SimpleString, Verbatim
+from kv_types import OK, RepeatedReply, Reply, SimpleString, Verbatim
 from raft_node import RaftNode
 from raft_status import Pending
 
@@ -53,7 +53,10 @@ BATCH_REQUESTS_MAX: Final = 1024
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 # More is only made once this has been sent: a short pipeline can ask for gigabytes.
 REPLIES_BYTES_MAX: Final = 1024 * 1024
-SHRINKING: Final = frozenset({"DEL", "DELETE", "UNLINK", "DELEX", "GETDEL", "FLUSHALL", "EXPIRE"})
+# Allowed where memory is short; a session because a client may need one to delete under.
+SHRINKING: Final = frozenset(
+    {"DEL", "DELETE", "UNLINK", "DELEX", "GETDEL", "FLUSHALL", "EXPIRE", "SESSION"}
+)
 
 Argv = Sequence[bytes]
 
@@ -277,13 +280,15 @@ class Session:
             command = kv_commands.check(item)
         except KVError as error:
             return error
-        if "write" in command.flags and self._is_out_of_memory(command.name):
+        if "write" in command.flags and self._is_out_of_memory(item):
             return OutOfMemoryError("command not allowed when used memory > --max-memory")
         return command
 
-    def _is_out_of_memory(self, name: str) -> bool:
+    def _is_out_of_memory(self, argv: Argv) -> bool:
         limit = self.service.settings.memory_bytes_max
-        return bool(limit) and name not in SHRINKING and self.store.memory_bytes > limit
+        if not limit or self.store.memory_bytes <= limit:
+            return False
+        return kv_commands.lookup(kv_commands.acting(argv)).name not in SHRINKING
 
     def _gather(self, items: Sequence[Item], start: int, flag: str) -> tuple[list[Argv], int]:
         """The requests from ``start`` on that are of the same kind, and where they end."""
@@ -448,17 +453,9 @@ class Session:
 
     def _encode(self, argv: Argv, reply: Reply, version: int) -> bytes:
         if self.parser.language == "lines":
-            return encode_line(self._line_reply(argv, reply, version))
+            return encode_line(_line_reply(argv, reply, version))
         slot = _slot(argv) if isinstance(reply, NotPrimaryError) else 0
         return encode_reply(reply, self.protocol, slot)
-
-    def _line_reply(self, argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
-        name = argv[0].upper().decode(errors="replace") if argv else ""
-        if isinstance(reply, KVError):
-            return _line_error(name, reply)
-        if name in _LINE_REPLIES:
-            return _LINE_REPLIES[name](argv, reply, version)
-        return {"status": "OK", "value": line_value(reply)}
 
     # ---- Commands that need no log -------------------------------------------------------------
 
@@ -790,6 +787,7 @@ def _size_bytes(reply: Reply) -> int:
 
 def _slot(argv: Argv) -> int:
     """The hash slot that MOVED names for cluster clients; there is one shard of all slots."""
+    argv = kv_commands.acting(argv)
     keys = kv_commands.keys_of(kv_commands.lookup(argv), argv)
     return kv_commands.crc16_slot(keys[0]) if keys else 0
 
@@ -810,6 +808,16 @@ def _command_doc(command: kv_commands.Command) -> Reply:
 
 
 # ---- The line language's replies ---------------------------------------------------------------
+
+
+def _line_reply(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+    """``version`` is the index of the entry that a write has become."""
+    name = argv[0].upper().decode(errors="replace") if argv else ""
+    if isinstance(reply, KVError):
+        return _line_error(name, reply)
+    if name in _LINE_REPLIES:
+        return _LINE_REPLIES[name](argv, reply, version)
+    return {"status": "OK", "value": line_value(reply)}
 
 
 def _line_error(name: str, error: KVError) -> Mapping[str, object]:
@@ -854,6 +862,18 @@ def _line_cas(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
     return {"status": "OK", "key": line_key(argv[1]), "version": reply}
 
 
+def _line_session(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
+    if isinstance(reply, RepeatedReply):
+        return _line_session(argv, reply.reply, reply.index)
+    match argv[1].upper():
+        case b"OPEN":
+            return {"status": "OK", "session": reply}
+        case b"CLOSE":
+            return {"status": "OK", "closed": reply}
+        case _:
+            return _line_reply(kv_commands.acting(argv), reply, version)
+
+
 def _line_json(argv: Argv, reply: Reply, version: int) -> Mapping[str, object]:
     assert isinstance(reply, bytes)
     fields: dict[str, object] = {"status": "OK"}
@@ -875,6 +895,7 @@ _LINE_REPLIES: Final[Mapping[str, Callable[[Argv, Reply, int], Mapping[str, obje
     "EXISTS": _line_exists,
     "KEYS": _line_keys,
     "CAS": _line_cas,
+    "SESSION": _line_session,
     "STATUS": _line_json,
     "CLUSTER": _line_json,
     "MEMBER": _line_json,

@@ -11,6 +11,8 @@ Rule 4: what changes nothing leaves version and hash alone. What changes a key g
 index as its version, be it the value or the deadline that changed.
 Rule 5: what a flush hands out is the state at its begin, whatever is applied while it runs: a row
 that changes before it was handed out is kept aside as it was.
+Rule 6: what a client sent twice under one serial is done once, here and nowhere else: the log may
+hold it twice, and any primary may be asked again. See ``kv_client_sessions.py``.
 
 No lock of its own: everything runs under the caller's store lock, ``apply`` and ``skip`` on
 raft-applier, ``read`` on client threads. One-key reads too: a reader that got in between the keys
@@ -31,10 +33,12 @@ from hashlib import blake2b
 from itertools import islice
 from typing import Final, Generic, NamedTuple, TypeVar
 
+from kv_client_sessions import ClientSessions, Write
 from kv_commands import (
     INT64_MAX,
     INT64_MIN,
     ExpireOptions,
+    check,
     compile_glob,
     decode_payload,
     lookup,
@@ -46,7 +50,7 @@ from kv_commands import (
     parse_set,
     wrong_arity,
 )
-from kv_errors import BadRequestError, KVError, MismatchError
+from kv_errors import BadRequestError, KVError, MismatchError, NoSessionError
 from kv_types import OK, Reply, SimpleString
 
 # Redis' own limit for a string (proto-max-bulk-len).
@@ -64,12 +68,13 @@ DEADLINE_OVERHEAD_BYTES: Final = 165
 
 # What a flush hands out under one hold of the store lock: about 0.3 ms worth.
 FLUSH_ROWS_MAX: Final = 500
+# Sessions may be large, if seldom: kv_client_sessions.ANSWERS_BYTES_MAX each.
+FLUSH_SESSIONS_MAX: Final = 20
 
 _NO_DEADLINE: Final = 0  # a stored deadline is later than some stamp, so never 0
 _HEAP_SLACK: Final = 1000
 
 _Argv = Sequence[bytes]
-_Write = Callable[[_Argv, int, int], Reply]  # argv, effective now in ms, log index
 _Read = Callable[[_Argv, int], Reply]  # argv, now in ms
 
 
@@ -207,18 +212,22 @@ class _Changes(Generic[_K]):
 class Flush:
     """The rows that have changed since the last flush, as they were when this one began."""
 
-    def __init__(self, store: KeyValueStore, keys: _TableFlush[bytes]) -> None:
+    def __init__(
+        self, store: KeyValueStore, keys: _TableFlush[bytes], sessions: _TableFlush[int]
+    ) -> None:
         self.applied_index = store.applied_index
         self.last_stamp_ms = store.last_stamp_ms
         self.state_hash = store.state_hash
         self.key_count = len(store)
         self.keys = keys
+        self.sessions = sessions
 
     def slices(
         self, lock: AbstractContextManager[object], rows_max: int = FLUSH_ROWS_MAX
     ) -> Iterator[Slice]:
         """All rows, a table after the other, each slice taken under ``lock`` (the store lock)."""
         yield from _slices(self.keys, lock, rows_max)
+        yield from _slices(self.sessions, lock, min(rows_max, FLUSH_SESSIONS_MAX))
 
 
 def _slices(
@@ -257,10 +266,13 @@ class KeyValueStore:
 
     def __init__(self) -> None:
         self.applied_index = 0
+        self._session_changes: _Changes[int] = _Changes(Table.SESSION)
+        self.sessions = ClientSessions(self._session_changes.touch)
         self.last_stamp_ms = 0  # the latest stamp applied; Unix time
-        # Sum over all keys of _record_hash, modulo 2^64: free of order, and changed key by key.
+        # Sum over all keys of _record_hash, and of the sessions' hashes, modulo 2^64: free of
+        # order, and changed key by key.
         self.state_hash = 0
-        self.memory_bytes = 0  # an estimate of what the keys take, for --max-memory
+        self._keys_bytes = 0  # an estimate of what the keys take
         # Invariant: both have the same keys. Two dicts of bytes and int, not one of pairs: the garbage
         # collector need not look at them, which for a million pairs takes a tenth of a second, and
         # 30 ms for 20,000 that have changed since it last looked.
@@ -276,7 +288,7 @@ class KeyValueStore:
         self._history_first = 0  # what was before is not known
         self._changes: _Changes[bytes] = _Changes(Table.KEY)
         self._flush: Flush | None = None
-        self._writes: dict[bytes, _Write] = {
+        self._writes: dict[bytes, Write] = {
             b"SET": self._set,
             b"SETNX": self._setnx,
             b"SETEX": self._setex,
@@ -301,6 +313,7 @@ class KeyValueStore:
             b"PERSIST": self._persist,
             b"PURGE": self._purge,
             b"FLUSHALL": self._flushall,
+            b"SESSION": self._session,
         }
         self._reads: dict[bytes, _Read] = {
             b"GET": self._get,
@@ -318,6 +331,11 @@ class KeyValueStore:
     def __len__(self) -> int:
         return len(self._values)
 
+    @property
+    def memory_bytes(self) -> int:
+        """An estimate of what keys and sessions take, for --max-memory."""
+        return self._keys_bytes + self.sessions.memory_bytes
+
     # ---- The log ----
 
     def apply(self, index: int, data: bytes) -> Reply:
@@ -327,11 +345,13 @@ class KeyValueStore:
         command: no client can bring one about, so this node is older than the log, or broken.
         """
         assert index == self.applied_index + 1, (index, self.applied_index)
-        now_ms, argv = decode_payload(data)
+        now_ms, argv, once = decode_payload(data)
         if now_ms > self.last_stamp_ms:
             self.last_stamp_ms = now_ms
         else:
             now_ms = self.last_stamp_ms
+        if now_ms >= self.sessions.expires_ms:
+            self._add_to_hash(self.sessions.expire(now_ms))
         name = argv[0].upper()
         handler = self._writes.get(name)
         if handler is None:
@@ -342,7 +362,11 @@ class KeyValueStore:
             # looked at again: a fault that slipped through would stop every node at this entry.
             if name != b"PURGE":  # which is not for clients, so ``lookup`` does not know it
                 lookup(argv)
-            reply = handler(argv, now_ms, index)
+            if once is None:
+                reply = handler(argv, now_ms, index)
+            else:
+                reply, change = self.sessions.do_once(once, handler, argv, now_ms, index)
+                self.state_hash = (self.state_hash + change) & _HASH_MASK
         except KVError as error:
             reply = error
         self._history[index % HISTORY_ENTRIES] = self.state_hash
@@ -365,13 +389,11 @@ class KeyValueStore:
     def recompute_state_hash(self) -> int:
         """``state_hash`` from scratch, for audits; takes about a second per million keys."""
         versions, deadlines = self._versions, self._deadlines
-        return (
-            sum(
-                _record_hash(key, value, versions[key], deadlines.get(key, _NO_DEADLINE))
-                for key, value in self._values.items()
-            )
-            & _HASH_MASK
+        total = sum(
+            _record_hash(key, value, versions[key], deadlines.get(key, _NO_DEADLINE))
+            for key, value in self._values.items()
         )
+        return (total + self.sessions.recompute_state_hash()) & _HASH_MASK
 
     # ---- To the disk and back ----
 
@@ -382,17 +404,26 @@ class KeyValueStore:
         """
         assert self._flush is None, "a flush is under way"
         row = partial(_key_row, self._values, self._versions, self._deadlines)
-        self._flush = Flush(self, self._changes.begin(row))
+        self._flush = Flush(
+            self, self._changes.begin(row), self._session_changes.begin(self.sessions.row)
+        )
         return self._flush
 
     def end_flush(self, *, saved: bool) -> None:
         """The flush is over. What was not saved is part of the next one."""
         assert self._flush is not None
         self._changes.end(self._flush.keys, saved)
+        self._session_changes.end(self._flush.sessions, saved)
         self._flush = None
 
     @classmethod
-    def load(cls, applied_index: int, last_stamp_ms: int, keys: Iterable[KeyRow]) -> KeyValueStore:
+    def load(
+        cls,
+        applied_index: int,
+        last_stamp_ms: int,
+        keys: Iterable[KeyRow],
+        sessions: Iterable[SessionRow] = (),
+    ) -> KeyValueStore:
         """The state that flushes up to ``applied_index`` have saved.
 
         Compare its ``state_hash``, which is made anew, with what the flush had. Raises TypeError,
@@ -410,8 +441,9 @@ class KeyValueStore:
             memory_bytes += len(key) + len(value)
         store.applied_index = store._history_first = applied_index
         store.last_stamp_ms = last_stamp_ms
-        store.state_hash = state_hash & _HASH_MASK
-        store.memory_bytes = (
+        store.sessions.load(sessions)
+        store.state_hash = (state_hash + store.sessions.state_hash()) & _HASH_MASK
+        store._keys_bytes = (
             memory_bytes
             + len(values) * RECORD_OVERHEAD_BYTES
             + len(deadlines) * DEADLINE_OVERHEAD_BYTES
@@ -469,12 +501,12 @@ class KeyValueStore:
         old_value = self._values.get(key)
         if old_value is None:
             had_deadline = False
-            self.memory_bytes += RECORD_OVERHEAD_BYTES + len(key) + len(value)
+            self._keys_bytes += RECORD_OVERHEAD_BYTES + len(key) + len(value)
         else:
             old_version = self._versions[key]
             old_deadline_ms = self._deadlines.get(key, _NO_DEADLINE)
             had_deadline = old_deadline_ms != _NO_DEADLINE
-            self.memory_bytes += len(value) - len(old_value)
+            self._keys_bytes += len(value) - len(old_value)
             change -= _record_hash(key, old_value, old_version, old_deadline_ms)
         self.state_hash = (self.state_hash + change) & _HASH_MASK
         self._values[key] = value
@@ -489,7 +521,7 @@ class KeyValueStore:
         self._changes.touch(key)
         value, version = self._values.pop(key), self._versions.pop(key)
         deadline_ms = self._deadlines.get(key, _NO_DEADLINE)
-        self.memory_bytes -= RECORD_OVERHEAD_BYTES + len(key) + len(value)
+        self._keys_bytes -= RECORD_OVERHEAD_BYTES + len(key) + len(value)
         change = _record_hash(key, value, version, deadline_ms)
         self.state_hash = (self.state_hash - change) & _HASH_MASK
         if deadline_ms != _NO_DEADLINE:
@@ -506,14 +538,14 @@ class KeyValueStore:
 
     def _set_deadline(self, key: bytes, deadline_ms: int) -> None:
         if key not in self._deadlines:
-            self.memory_bytes += DEADLINE_OVERHEAD_BYTES
+            self._keys_bytes += DEADLINE_OVERHEAD_BYTES
         self._deadlines[key] = deadline_ms
         heapq.heappush(self._heap, (deadline_ms, key))
         self._trim_heap()
 
     def _clear_deadline(self, key: bytes) -> None:
         del self._deadlines[key]
-        self.memory_bytes -= DEADLINE_OVERHEAD_BYTES
+        self._keys_bytes -= DEADLINE_OVERHEAD_BYTES
         self._trim_heap()
 
     def _trim_heap(self) -> None:
@@ -657,9 +689,24 @@ class KeyValueStore:
             self._deadlines = {}
         self._heap.clear()
         self._changes.clear()
-        self.state_hash = 0
-        self.memory_bytes = 0
+        # Sessions stay: a FLUSHALL that is repeated must find that it was done.
+        self.state_hash = self.sessions.state_hash() & _HASH_MASK
+        self._keys_bytes = 0
         return OK
+
+    def _session(self, argv: _Argv, now_ms: int, index: int) -> Reply:
+        check(argv)
+        if argv[1].upper() == b"OPEN":
+            self._add_to_hash(self.sessions.open(index, now_ms))
+            return index
+        try:
+            self._add_to_hash(self.sessions.close(parse_int(argv[2])))
+        except NoSessionError:
+            return 0
+        return 1
+
+    def _add_to_hash(self, change: int) -> None:
+        self.state_hash = (self.state_hash + change) & _HASH_MASK
 
     # ---- Read commands: argv, now ----
 

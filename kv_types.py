@@ -6,6 +6,7 @@ No I/O, no behaviour: ``kv_store.py`` makes replies, ``kv_protocol.py`` writes t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Final
 
 from kv_errors import KVError
@@ -25,6 +26,15 @@ class Verbatim(str):
 
 OK: Final = SimpleString("OK")
 
+
+@dataclass(frozen=True, slots=True)
+class RepeatedReply:
+    """The first answer to a request that came again under its serial, and when it was done."""
+
+    reply: Reply
+    index: int  # of the log entry that did it
+
+
 # bytes: bulk string. None: null. An error may stand inside a list (one command of a batch).
 Reply = (
     SimpleString
@@ -35,4 +45,5 @@ Reply = (
     | Sequence["Reply"]
     | dict[bytes, "Reply"]
     | KVError
+    | RepeatedReply
 )

@@ -270,11 +270,10 @@ def _load(
     flaws = connection.execute("PRAGMA integrity_check(1)").fetchall()
     if flaws != [(b"ok",)]:
         raise StateDbError(path, f"sqlite finds {flaws[0][0]!r}", what_to_do)
-    if connection.execute("SELECT count(*) FROM session").fetchone() != (0,):
-        raise StateDbError(path, "it holds sessions, which this program does not know", what_to_do)
-    rows = connection.execute("SELECT key, version, deadline_ms, value FROM key")
+    keys = connection.execute("SELECT key, version, deadline_ms, value FROM key")
+    sessions = connection.execute("SELECT id, data FROM session")
     try:
-        store = KeyValueStore.load(header.applied_index, header.last_stamp_ms, rows)
+        store = KeyValueStore.load(header.applied_index, header.last_stamp_ms, keys, sessions)
     except (TypeError, ValueError, struct.error) as error:
         raise StateDbError(path, f"a row is damaged ({error})", what_to_do) from error
     if (store.state_hash, len(store)) != (header.state_hash, header.keys):

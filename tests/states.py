@@ -6,16 +6,18 @@ import shutil
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 from kv_commands import encode_payload
-from kv_store import KeyRow, KeyValueStore, Slice
+from kv_store import KeyRow, KeyValueStore, SessionRow, Slice, Table
 from state_db import SnapshotReader, StateDb, StateHeader
 
 NOW = 1_700_000_000_000
 MEMBERSHIP = b'[{"node_id": "node1"}]'
 TERM = 7
 
-State = tuple[int, int, int, dict[bytes, KeyRow]]  # index, stamp, hash, rows
+# Index, stamp, hash, and the rows of both tables.
+State = tuple[int, int, int, dict[bytes, KeyRow], dict[int, SessionRow]]
 
 
 def write(store: KeyValueStore, *argv: bytes, stamp_ms: int = NOW) -> object:
@@ -51,12 +53,13 @@ def state(store: KeyValueStore) -> State:
         key: (key, store._versions[key], store._deadlines.get(key, 0), value)
         for key, value in store._values.items()
     }
+    sessions = {row[0]: row for row in map(store.sessions.row, store.sessions._sessions) if row}
     assert store.state_hash == store.recompute_state_hash()
-    return store.applied_index, store.last_stamp_ms, store.state_hash, rows
+    return store.applied_index, store.last_stamp_ms, store.state_hash, rows, sessions
 
 
 def header_of(store: KeyValueStore) -> StateHeader:
-    index, stamp_ms, state_hash, rows = state(store)
+    index, stamp_ms, state_hash, rows, _ = state(store)
     return StateHeader(index, TERM, MEMBERSHIP, index // 2, state_hash, stamp_ms, len(rows))
 
 
@@ -104,17 +107,30 @@ def snapshot(db: StateDb) -> bytes:
 
 
 class Rows:
-    """A table that slices are written to, as simply as can be."""
+    """Tables that slices are written to, as simply as can be."""
 
     def __init__(self) -> None:
-        self.rows: dict[bytes, KeyRow] = {}
+        self.keys: dict[bytes, KeyRow] = {}
+        self.sessions: dict[int, SessionRow] = {}
 
     def write(self, part: Slice) -> None:
+        is_key = part.table == Table.KEY
+        table: dict[Any, Any] = self.keys if is_key else self.sessions
         if part.clear:
-            self.rows.clear()
+            table.clear()
         for row in part.rows:
-            assert len(row) == 4
-            self.rows[row[0]] = row
+            assert len(row) == (4 if is_key else 2)
+            table[row[0]] = row
         for key in part.gone:
-            assert isinstance(key, bytes)
-            self.rows.pop(key, None)
+            assert isinstance(key, bytes if is_key else int)
+            table.pop(key, None)
+
+    def copy(self) -> Rows:
+        other = Rows()
+        other.keys, other.sessions = dict(self.keys), dict(self.sessions)
+        return other
+
+    def load(self, applied_index: int, last_stamp_ms: int) -> KeyValueStore:
+        """The store that is made of them."""
+        rows = self.keys.values(), self.sessions.values()
+        return KeyValueStore.load(applied_index, last_stamp_ms, *rows)

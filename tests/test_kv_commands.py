@@ -14,6 +14,8 @@ from kv_commands import (
     INT64_MAX,
     INT64_MIN,
     PATTERN_BYTES_MAX,
+    Once,
+    acting,
     check,
     crc16_slot,
     decode_payload,
@@ -229,6 +231,55 @@ def test_check_when_no_state_is_needed_then_answers_as_redis(line: str, text: st
     assert refusal(line) == text
 
 
+NOT_SERIALS = "session, serial and first unanswered serial are positive integers"
+NOT_IN_ORDER = "serials begin with 1, and the first unanswered is not after its own"
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("SESSION FOO", "unknown subcommand 'FOO'. Try HELP SESSION."),
+        ("SESSION OPEN now", "wrong number of arguments for 'session|open' command"),
+        ("SESSION CLOSE", "wrong number of arguments for 'session|close' command"),
+        ("SESSION CLOSE x", NOT_AN_INTEGER),
+        ("SESSION DO", "wrong number of arguments for 'session|do' command"),
+        ("SESSION DO 1 1 1", "wrong number of arguments for 'session|do' command"),
+        ("SESSION DO 1 1 1 SET k", "wrong number of arguments for 'set' command"),
+        ("SESSION DO 1 1 1 SET k v EX 0", "invalid expire time in 'set' command"),
+        ("SESSION DO 1 1 1 GET k", "'get' is no write, and needs no session"),
+        ("SESSION DO 1 1 1 PING", "'ping' is no write, and needs no session"),
+        (
+            "SESSION DO 1 1 1 PURGE k 5",
+            "unknown command 'PURGE', with args beginning with: 'k' '5' ",
+        ),
+        ("SESSION DO 1 1 1 SESSION OPEN", "SESSION DO cannot run another SESSION"),
+        ("SESSION DO x 1 1 INCR n", NOT_SERIALS),
+        ("SESSION DO 1 -1 1 INCR n", NOT_SERIALS),
+        ("SESSION DO 1 1_0 1 INCR n", NOT_SERIALS),
+        (f"SESSION DO {'1' * 5000} 1 1 INCR n", NOT_SERIALS),
+        ("SESSION DO 1 0 0 INCR n", NOT_IN_ORDER),
+        ("SESSION DO 1 1 0 INCR n", NOT_IN_ORDER),
+        ("SESSION DO 1 1 2 INCR n", NOT_IN_ORDER),
+        ("SESSION DO 1 9223372036854775808 1 INCR n", NOT_IN_ORDER),
+        ("session open", ""),
+        ("session close 5", ""),
+        ("session do 0 9223372036854775807 1 set k v nx", ""),
+    ],
+)
+def test_check_of_a_session_when_no_state_is_needed_then_answers_before_the_log(
+    line: str, text: str
+) -> None:
+    """Neither its own faults nor those of the command in it become an entry."""
+    assert refusal(line) == text
+
+
+def test_acting_when_in_a_session_then_is_the_command_in_it() -> None:
+    """What a request does to the data is asked of this one."""
+    assert acting(words("session do 1 2 1 set k v")) == words("set k v")
+    for line in ("set k v", "session open", "mset a 1 b 2 c 3"):
+        assert acting(words(line)) == words(line)
+
+
 def test_check_when_passed_then_returns_the_row() -> None:
     """One call serves the server for both."""
     assert check([b"set", b"k", b"v"]) is COMMANDS["SET"]
@@ -291,14 +342,36 @@ ARGVS = st.lists(st.binary(max_size=40), min_size=1, max_size=12)
 @given(st.integers(0, 2**64 - 1), ARGVS)
 def test_payload_when_decoded_then_as_encoded(now_ms: int, argv: list[bytes]) -> None:
     """Any argv goes into the log and comes out of it unchanged."""
-    assert decode_payload(encode_payload(now_ms, argv)) == (now_ms, argv)
+    assert decode_payload(encode_payload(now_ms, argv)) == (now_ms, argv, None)
+
+
+SERIALS = st.integers(1, INT64_MAX)
+
+
+def in_session(once: Once, argv: list[bytes]) -> list[bytes]:
+    return [b"session", b"Do", *(b"%d" % number for number in once), *argv]
+
+
+@given(st.integers(0, 2**64 - 1), st.tuples(SERIALS, SERIALS, SERIALS), ARGVS)
+def test_payload_when_in_a_session_then_decoded_as_the_command_and_its_serial(
+    now_ms: int, numbers: tuple[int, int, int], argv: list[bytes]
+) -> None:
+    """What acts and what makes it once come out apart; without a session nothing is added."""
+    once = (numbers[0], max(numbers[1:]), min(numbers[1:]))
+
+    payload = encode_payload(now_ms, in_session(once, argv))
+
+    assert decode_payload(payload) == (now_ms, argv, once)
+    assert payload.endswith(encode_payload(now_ms, argv))
 
 
 @pytest.mark.slow
-@given(ARGVS, st.binary(min_size=1, max_size=5))
-def test_payload_when_cut_or_extended_then_refused(argv: list[bytes], more: bytes) -> None:
+@given(ARGVS, st.sampled_from([None, (1, 2, 1)]), st.binary(min_size=1, max_size=5))
+def test_payload_when_cut_or_extended_then_refused(
+    argv: list[bytes], once: Once | None, more: bytes
+) -> None:
     """A payload says its own length: nothing shorter or longer passes for a command."""
-    payload = encode_payload(NOW_MS, argv)
+    payload = encode_payload(NOW_MS, in_session(once, argv) if once else argv)
 
     for length in range(len(payload)):
         with pytest.raises(ValueError, match="payload"):
@@ -307,22 +380,27 @@ def test_payload_when_cut_or_extended_then_refused(argv: list[bytes], more: byte
         decode_payload(payload + more)
 
 
-@given(st.binary(max_size=60) | st.binary(max_size=60).map(lambda tail: b"\x01" + tail))
+@given(
+    st.binary(max_size=60)
+    | st.binary(max_size=60).map(lambda tail: b"\x01" + tail)
+    | st.binary(max_size=60).map(lambda tail: b"\x02" + bytes(23) + b"\x01\x01" + tail)
+)
 def test_payload_when_garbage_then_refused_or_canonical(data: bytes) -> None:
     """Whatever is taken for a payload is the one encoding of what it holds."""
     try:
-        now_ms, argv = decode_payload(data)
+        now_ms, argv, once = decode_payload(data)
     except ValueError:
         return
-    assert encode_payload(now_ms, argv) == data
+    if once is None or 1 <= once[2] <= once[1] <= INT64_MAX:  # as ``check`` would have it
+        assert encode_payload(now_ms, in_session(once, argv) if once else argv) == data
 
 
 def test_payload_when_counts_are_absurd_then_refused_without_allocating() -> None:
     """A count is held against the length before anything is made of it."""
     with pytest.raises(ValueError, match="lengths are cut short"):
         decode_payload(struct.pack(">BQI", 1, 0, 2**32 - 1))
-    with pytest.raises(ValueError, match="unknown payload format 2"):
-        decode_payload(b"\x02" + encode_payload(0, [b"PING"])[1:])
+    with pytest.raises(ValueError, match="unknown payload format 3"):
+        decode_payload(b"\x03" + encode_payload(0, [b"PING"])[1:])
 
 
 # ---- Slots and patterns ------------------------------------------------------------------------

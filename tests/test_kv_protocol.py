@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 
 import kv_protocol
 from kv_errors import (
+    AnswerForgottenError,
     BadRequestError,
     BusyError,
     KVError,
     MismatchError,
     NoPrimaryError,
+    NoSessionError,
     NoSpaceError,
     NotPrimaryError,
     OutcomeUnknownError,
@@ -40,7 +42,7 @@ from kv_protocol import (
     line_value,
     text_or_json_bytes,
 )
-from kv_types import OK, Reply, SimpleString, Verbatim
+from kv_types import OK, RepeatedReply, Reply, SimpleString, Verbatim
 
 MEBIBYTE = 1024 * 1024
 PING = b"*1\r\n$4\r\nPING\r\n"
@@ -318,6 +320,11 @@ def test_request_when_encoded_then_parsed_as_it_was(requests: list[list[bytes]])
         (b'DELETE "a b" c"d it\'s', [b"DELETE", b"a b", b'c"d', b"it's"]),
         (b'GET ""', [b"GET", b""]),
         (b"SET \xc3\xa9 \xff", [b"SET", b"\xc3\xa9", b"\xff"]),
+        (b"SESSION OPEN", [b"SESSION", b"OPEN"]),
+        (b"session do 7 2 1 set k a  'b", [*b"session do 7 2 1 set k".split(), b"a  'b"]),
+        (b"SESSION  DO 7 2 1 CAS k 5 a b", [*b"SESSION DO 7 2 1 CAS k 5".split(), b"a b"]),
+        (b'SESSION DO 7 2 1 DEL "a b" c', [*b"SESSION DO 7 2 1 DEL".split(), b"a b", b"c"]),
+        (b"SESSION DO 7 2 1", b"SESSION DO 7 2 1".split()),
     ],
 )
 @pytest.mark.parametrize("ending", [b"\n", b"\r\n"])
@@ -369,6 +376,8 @@ def test_line_when_longer_than_64_kib_then_only_a_value_may_be() -> None:
     value = b"v" * (LINE_BYTES_MAX + 100)
 
     assert parse([b"cas k 0 " + value + b"\n"]) == ([[b"cas", b"k", b"0", value]], False)
+    once = b"session do 1234567 12 11 set k".split()
+    assert parse(pieces(b" ".join([*once, value]) + b"\n", 999)) == ([[*once, value]], False)
     for data in (b"GET " + value, b"GET " + value + b"\n"):
         for chunks in ([b"PING\n" + data], pieces(b"PING\n" + data, 1000)):
             items, broken = parse(chunks)
@@ -412,6 +421,8 @@ def test_line_when_value_is_over_the_limit_then_refused(ending: bytes) -> None:
          b"-CLUSTERDOWN no primary is known\r\n"),
         ([NotPrimaryError("n2", "::1", 6380)], b"*1\r\n-MOVED 99 ::1:6380\r\n",
          b"*1\r\n-MOVED 99 ::1:6380\r\n"),
+        (RepeatedReply(None, 7), b"$-1\r\n", b"_\r\n"),
+        (RepeatedReply(MismatchError("x", 7), 9), b"-MISMATCH 7 x\r\n", b"-MISMATCH 7 x\r\n"),
     ],
 )  # fmt: skip
 def test_reply_when_encoded_then_as_redis_writes_it(
@@ -510,6 +521,8 @@ def test_reply_when_encoded_and_parsed_then_unchanged(replies: list[Reply], size
         ("NOSPACE disk is full", NoSpaceError, "disk is full"),
         ("OOM too much", OutOfMemoryError, "too much"),
         ("BUSY later", BusyError, "later"),
+        ("NOSESSION gone", NoSessionError, "gone"),
+        ("FORGOTTEN was done", AnswerForgottenError, "was done"),
         ("WRONGTYPE Operation against", BadRequestError, "WRONGTYPE Operation against"),
         ("MOVED nonsense", BadRequestError, "MOVED nonsense"),
         ("MISMATCH x y", BadRequestError, "MISMATCH x y"),

@@ -6,11 +6,13 @@ import gc
 import struct
 from collections.abc import Iterator
 from contextlib import nullcontext
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import kv_client_sessions
 from kv_store import (
     FLUSH_ROWS_MAX,
     HISTORY_ENTRIES,
@@ -175,6 +177,23 @@ def test_flush_when_it_was_not_saved_is_part_of_the_next(
     assert sorted(part.rows) == [(b"a", 3, 0, b"3"), (b"b", 5, 0, b"5"), (b"c", 6, 0, b"6")]
 
 
+def test_flush_hands_out_sessions_by_the_same_rules(store: KeyValueStore) -> None:
+    """What changed, as it was at the begin, named if it went, and again if it was not saved."""
+    write_lines(store, "SESSION OPEN", "SESSION OPEN", "SESSION DO 1 1 1 DEL a")
+    rows = sorted(state(store)[4].values())
+    slices = store.begin_flush().slices(UNLOCKED, rows_max=1)
+    write_lines(store, "SESSION DO 2 1 1 DEL a", "SESSION CLOSE 1", "FLUSHALL")
+    assert [*slices] == [Slice(Table.SESSION, [row], []) for row in rows]
+    store.end_flush(saved=False)
+
+    clear, part = flushed(store)
+    assert clear == Slice(Table.KEY, (), (), clear=True)
+    assert part == Slice(Table.SESSION, list(state(store)[4].values()), [1])
+    assert [row[0] for row in part.rows] == [2]
+    assert part.rows != rows[1:]
+    assert flushed(store) == []
+
+
 def test_flush_when_not_saved_after_flushall_came_meanwhile_is_forgotten(
     store: KeyValueStore,
 ) -> None:
@@ -231,7 +250,7 @@ def test_load_gives_the_state_back_with_all_that_is_derived_from_it(store: KeyVa
     for part in flushed(store):
         rows.write(part)
 
-    loaded = KeyValueStore.load(store.applied_index, store.last_stamp_ms, rows.rows.values())
+    loaded = rows.load(store.applied_index, store.last_stamp_ms)
     assert state(loaded) == state(store)
     assert loaded.memory_bytes == store.memory_bytes
     assert loaded.due(NOW + 100, 9) == [(b"c", NOW + 20), (b"b", NOW + 50)]
@@ -239,6 +258,49 @@ def test_load_gives_the_state_back_with_all_that_is_derived_from_it(store: KeyVa
     for both in (loaded, store):
         write_lines(both, "INCR a", "PERSIST b", "GETDEL c")
     assert state(loaded) == state(store)
+
+
+def test_load_gives_sessions_back_in_the_order_of_their_last_use(
+    store: KeyValueStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that goes next is not the one with the first row."""
+    monkeypatch.setattr(kv_client_sessions, "SESSIONS_MAX", 3)
+    write_lines(store, *["SESSION OPEN"] * 3, "SESSION DO 1 1 1 DEL a", "SESSION DO 3 1 1 DEL a")
+    rows = state(store)[4].values()
+    for order in (rows, reversed(rows)):
+        loaded = KeyValueStore.load(5, NOW, [], order)
+        write_lines(loaded, "SESSION OPEN", "SESSION OPEN")
+        assert [*loaded.sessions._sessions] == [3, 6, 7]
+
+
+_SERIAL = st.integers(1, 6)
+Step = tuple[int, int, int, list[bytes], int]
+_SESSION_STEPS = st.lists(
+    st.tuples(st.integers(0, 2), _SERIAL, _SERIAL, COMMANDS, st.integers(NOW, NOW + 30)),
+    max_size=20,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(_SESSION_STEPS, _SESSION_STEPS)
+def test_load_gives_sessions_back_that_go_on_and_end_as_they_would_have(
+    before: list[Step], after: list[Step]
+) -> None:
+    """In which order they were used, and when, decides who goes next: on every node the same."""
+    flushing = Flushing()
+    with patch.multiple(kv_client_sessions, SESSIONS_MAX=3, SESSION_TTL_MS=8):
+        for step in before:
+            flushing.in_session(*step)
+        flushing.begin()
+        flushing.save()
+        rows = flushing.disk.copy()
+        rows.sessions = dict(reversed(rows.sessions.items()))  # in no order of importance
+        store, loaded = flushing.store, rows.load(*flushing.saved[:2])
+        for step in after:
+            for flushing.store in (store, loaded):
+                flushing.in_session(*step)
+            assert state(store) == state(loaded)
+            assert store.memory_bytes == loaded.memory_bytes
 
 
 def test_load_knows_no_hash_from_before(store: KeyValueStore) -> None:
@@ -267,12 +329,18 @@ def test_load_when_a_row_is_no_row_is_refused(row: KeyRow) -> None:
 # ---- Any history -------------------------------------------------------------------------------
 
 _COMMAND = st.tuples(st.just("command"), COMMANDS, st.integers(NOW, NOW + 12))
+_IN_SESSION = st.tuples(
+    st.just("in_session"), st.integers(0, 2), _SERIAL, _SERIAL, COMMANDS, st.integers(NOW, NOW + 12)
+)
 _STEPS = st.lists(
     st.one_of(
         _COMMAND,
         _COMMAND,
         _COMMAND,
         st.just(("command", [b"FLUSHALL"], NOW)),
+        st.just(("command", [b"SESSION", b"OPEN"], NOW)),
+        _IN_SESSION,
+        _IN_SESSION,
         st.tuples(st.sampled_from(["begin", "take", "take", "save", "fail", "restart"])),
     ),
     max_size=60,
@@ -294,13 +362,25 @@ class Flushing:
     def command(self, argv: list[bytes], stamp_ms: int) -> None:
         write(self.store, *argv, stamp_ms=stamp_ms)
 
+    def in_session(
+        self, pick: int, serial: int, first: int, argv: list[bytes], stamp_ms: int
+    ) -> None:
+        sessions = [*self.store.sessions._sessions]
+        if not sessions or pick == serial == first - 1:
+            write(self.store, b"SESSION", b"OPEN", stamp_ms=stamp_ms)
+            return
+        numbers = (sessions[pick % len(sessions)], max(serial, first), min(serial, first))
+        words = [b"SESSION", b"DO", *(b"%d" % number for number in numbers), *argv]
+        if pick == serial == first:
+            words = [b"SESSION", b"CLOSE", words[2]]
+        write(self.store, *words, stamp_ms=stamp_ms)
+
     def begin(self) -> None:
         if self.flush is None:
             self.begun = state(self.store)
             self.flush = self.store.begin_flush()
             self.slices = self.flush.slices(UNLOCKED, rows_max=1)
-            self.unsaved = Rows()
-            self.unsaved.rows.update(self.disk.rows)
+            self.unsaved = self.disk.copy()
 
     def take(self) -> None:
         part = next(self.slices, None)
@@ -315,8 +395,8 @@ class Flushing:
         self.store.end_flush(saved=True)
         self.disk, self.saved = self.unsaved, self.begun
         flush, self.flush = self.flush, None
-        index, stamp_ms, state_hash, rows = self.saved
-        assert self.disk.rows == rows
+        index, stamp_ms, state_hash, rows, sessions = self.saved
+        assert (self.disk.keys, self.disk.sessions) == (rows, sessions)
         assert (flush.applied_index, flush.last_stamp_ms) == (index, stamp_ms)
         assert (flush.state_hash, flush.key_count) == (state_hash, len(rows))
 
@@ -326,8 +406,8 @@ class Flushing:
             self.flush, self.slices = None, iter(())
 
     def restart(self) -> None:
-        index, stamp_ms, _hash, _rows = self.saved
-        self.store = KeyValueStore.load(index, stamp_ms, self.disk.rows.values())
+        index, stamp_ms, *_ = self.saved
+        self.store = self.disk.load(index, stamp_ms)
         self.flush, self.slices = None, iter(())
         assert state(self.store) == self.saved
 
@@ -338,14 +418,18 @@ class Flushing:
 def test_flush_when_given_any_history_hands_out_the_state_at_its_begin(
     steps: list[tuple[object, ...]],
 ) -> None:
-    """Commands between slices, FLUSHALL, flushes that fail, restarts: the disk is never a mix."""
-    flushing = Flushing()
-    for name, *arguments in steps:
-        getattr(flushing, str(name))(*arguments)
+    """Commands between slices, FLUSHALL, flushes that fail, restarts: the disk is never a mix.
 
-    flushing.begin()
-    flushing.save()
-    flushing.begin()
-    flushing.save()
-    assert flushing.saved == state(flushing.store)
-    flushing.restart()
+    Sessions come and go among them: opened, closed, expired, crowded out.
+    """
+    flushing = Flushing()
+    with patch.multiple(kv_client_sessions, SESSIONS_MAX=3, SESSION_TTL_MS=8):
+        for name, *arguments in steps:
+            getattr(flushing, str(name))(*arguments)
+
+        flushing.begin()
+        flushing.save()
+        flushing.begin()
+        flushing.save()
+        assert flushing.saved == state(flushing.store)
+        flushing.restart()

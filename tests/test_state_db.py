@@ -44,9 +44,10 @@ NOTHING = state(KeyValueStore())
 
 @pytest.fixture
 def store() -> KeyValueStore:
-    """A few keys of each kind, and some that went."""
+    """A few keys of each kind, some that went, and a session."""
     store = KeyValueStore()
-    write_lines(store, "SET a 1", "SET b 2 PX 5000", "SET c 3", "DEL c", "INCR n", "INCR n")
+    write_lines(store, "SET a 1", "SET b 2 PX 5000", "SET c 3", "DEL c", "INCR n", "SESSION OPEN")
+    write_lines(store, "SESSION DO 6 1 1 INCR n", "SESSION DO 6 2 1 SET n 5 NX")
     return store
 
 
@@ -96,14 +97,14 @@ def test_load_when_states_were_saved_then_the_last_one_is_back(
     """Rows, index, term, membership and the time survive a restart, and only changes are saved."""
     with open_db(tmp_path) as db:
         flush(store, db)
-        write_lines(store, "SET a 5", "PERSIST b", "SET d 8")
+        write_lines(store, "SET a 5", "PERSIST b", "SESSION DO 6 3 2 SET d 8", "SESSION OPEN")
         flush(store, db)
 
     assert state(load(tmp_path)) == state(store)
     with open_db(tmp_path) as db:
         header, loaded = db.load()
         assert header == header_of(store)
-        write_lines(loaded, "DEL d", "SET e 11")
+        write_lines(loaded, "DEL d", "SET e 11", "SESSION CLOSE 6")
         flush(loaded, db)
     assert state(load(tmp_path)) == state(loaded)
 
@@ -199,9 +200,18 @@ def test_save_when_the_index_goes_back_is_refused(tmp_path: Path, store: KeyValu
     assert state(load(tmp_path)) == state(store)
 
 
+_IN_SESSIONS = st.one_of(
+    st.just([b"SESSION", b"OPEN"]),
+    # Of the first entries some open one.
+    st.tuples(st.integers(1, 5), st.integers(1, 9), COMMANDS).map(
+        lambda made: [b"SESSION", b"DO", b"%d" % made[0], b"%d" % made[1], b"1", *made[2]]
+    ),
+    st.integers(1, 5).map(lambda session: [b"SESSION", b"CLOSE", b"%d" % session]),
+)
 _HISTORIES = st.lists(
     st.one_of(
         st.tuples(COMMANDS, st.integers(NOW, NOW + 12)),
+        st.tuples(_IN_SESSIONS, st.just(NOW)),
         st.sampled_from(["flush", "fail", "restart"]),
     ),
     max_size=40,
@@ -303,7 +313,7 @@ def test_save_when_killed_at_any_step_then_the_old_or_the_new_state(
     with open_db(directory) as db:
         flush(store, db)
         old = state(store)
-        write_lines(store, "DEL a", "SET b 9", "SET d 4", "SET n 5")
+        write_lines(store, "DEL a", "SET b 9", "SET d 4", "SESSION DO 6 3 3 SET n 5")
         seen = killed_at_each_failpoint(failpoints, directory, tmp_path)
         flush(store, db)
         failpoints.clear()
@@ -313,7 +323,7 @@ def test_save_when_killed_at_any_step_then_the_old_or_the_new_state(
         if loses_wal:
             (copy / "state.db-wal").unlink(missing_ok=True)
         found[name] = state(load(copy))
-    assert [name for name, _copy in seen].count("save-rows-written") == 4
+    assert [name for name, _copy in seen].count("save-rows-written") == 5
     before = ("save-begun", "save-rows-written", "save-header-written")
     assert found == dict.fromkeys(before, old) | {
         "save-committed": old if loses_wal else state(store),

@@ -36,6 +36,7 @@ def store() -> KeyValueStore:
     for number in range(40):
         write(store, b"SET", b"key%d" % number, b"%d" % number * 9)
     write(store, b"SET", b"long", b"0123456789" * 450, b"PX", b"5000")
+    write_lines(store, "SESSION OPEN", "SESSION DO 42 1 1 APPEND key39 9", "SESSION OPEN")
     return store
 
 
@@ -302,7 +303,16 @@ def tampered(path: Path, change: str) -> None:
         ("UPDATE header SET keys = keys + 1", "the header is damaged"),
         ("UPDATE header SET state_hash = 'none'", "the header is damaged"),
         ("DELETE FROM header", "the header is damaged"),
-        ("INSERT INTO session VALUES (1, x'00')", "it holds sessions"),
+        ("DELETE FROM session", "keys with the hash"),  # fault-model M12
+        ("DELETE FROM session WHERE id = 44", "keys with the hash"),
+        ("UPDATE session SET id = 43 WHERE id = 44", "keys with the hash"),
+        ("UPDATE session SET data = substr(data, 1, 8)", "keys with the hash"),
+        ("UPDATE session SET data = zeroblob(8) WHERE id = 44", "keys with the hash"),
+        ("UPDATE session SET data = substr(data, 1, 50)", "a row is damaged"),
+        ("UPDATE session SET data = substr(data, 1, 55)", "a row is damaged"),
+        ("INSERT INTO session VALUES (1, x'00')", "a row is damaged"),
+        ("INSERT INTO session VALUES (1, 'text')", "a row is damaged"),
+        ("INSERT INTO session VALUES (-1, zeroblob(8))", "a row is damaged"),
         ("CREATE TRIGGER t AFTER INSERT ON key BEGIN DELETE FROM key; END", "its tables are not"),
         ("DROP TABLE session", "its tables are not"),
         ("PRAGMA application_id = 1", "not a state of this program"),

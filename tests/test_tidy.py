@@ -34,6 +34,7 @@ LAYERS = {
     ),
     3: (
         "kv_store",
+        "kv_client_sessions",
         "kv_client",
         "raft_audit",
         "raft_core",
@@ -59,6 +60,7 @@ SAME_LAYER_ALLOWED = {
     ("raft_snapshots", "raft_status"),
     ("kv_store_server", "kv_members"),
     ("kv_session", "kv_members"),  # commands about the cluster, likewise
+    ("kv_store", "kv_client_sessions"),  # a part of the state is carved out for its size
     ("raft_core", "raft_progress"),  # a follower's progress is carved out of the core for its size
     ("raft_core", "raft_members"),  # so is what a leader does about members
     ("raft_members", "raft_progress"),
@@ -69,6 +71,7 @@ SAME_LAYER_ALLOWED = {
 # What runs inside a node. The tools talk to nodes over sockets and signals, as users do.
 SERVER_MODULES = {
     "kv_members",
+    "kv_client_sessions",
     "kv_session",
     "kv_store",
     "kv_store_server",
@@ -99,6 +102,7 @@ PURE = (
     "kv_commands",
     "raft_frames",
     "raft_log",
+    "kv_client_sessions",
     "kv_store",
     "raft_audit",
     "raft_core",
