@@ -51,6 +51,7 @@ ANSWER_BYTES_MAX: Final = 1024**2
 BACKUP_SILENCE_S: Final = 60.0
 BACKUP_PIECE_BYTES: Final = 1024**2
 POLL_S: Final = 0.1
+RELEASE_S: Final = 1.0
 LOCK_TIMEOUT_S: Final = 5.0
 NODES_DEFAULT: Final = 3
 RECORD_NAME: Final = "cluster.json"
@@ -542,6 +543,13 @@ def ending(status: int | None) -> str:
     return f"was killed by signal {-status}" if status < 0 else f"exited with status {status}"
 
 
+def _has_released(node: Node) -> bool:
+    """Whether the node's ports are free, or can't be tried."""
+    with suppress(ManagerError):
+        return all(is_free(node.listen_host, port) for port in (node.port, node.peer_port))
+    return True
+
+
 # ---- Processes -----------------------------------------------------------------------------------
 
 
@@ -631,11 +639,15 @@ class Processes:
             process.kill()
         self._await_end((node,))
 
-    def _await_end(self, nodes: Iterable[Node]) -> None:
+    def _await_end(self, nodes: Sequence[Node]) -> None:
         # Not psutil's wait(), which waits for a zombie too: who adopted it may reap it late.
         deadline = self.clock() + self._stop_timeout_s
         while any(self.find(node) for node in nodes) and self.clock() < deadline:
             time.sleep(POLL_S / 2)
+        # The kernel takes the command line of a process, by which we find it, before its sockets.
+        released = self.clock() + RELEASE_S
+        while not all(map(_has_released, nodes)) and self.clock() < released:
+            time.sleep(POLL_S / 10)
 
     def look(self, node: Node) -> NodeStatus:
         """What is seen of one node. On a pool thread: touches only what belongs to ``node``."""

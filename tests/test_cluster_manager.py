@@ -400,6 +400,20 @@ def test_stop_when_a_node_ignores_sigterm_then_kills_it_after_the_deadline(make,
 
 @pytest.mark.slow
 @pytest.mark.cluster
+def test_stop_when_the_kernel_frees_the_ports_late_then_waits_for_that(make, monkeypatch):
+    """A start right after it would find them in use, by nobody."""
+    cluster = make(nodes=1)
+    cluster.begin()
+    answers = [True, True, False, False]
+    monkeypatch.setattr(cluster_nodes, "is_free", lambda host, port: answers.pop())
+
+    cluster.end()
+
+    assert answers == []
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
 def test_stop_when_a_node_is_suspended_then_it_still_ends_in_order(make):
     """A suspended process would not notice SIGTERM, so it is woken for it."""
     cluster = make(nodes=2)
