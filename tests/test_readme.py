@@ -156,7 +156,7 @@ def test_readme_read_from_top_to_bottom_does_what_it_says(reader: Reader) -> Non
         assert "Starting node1" in reader.types(block("back"))
         healed = reader.types(status)
         assert re.search(r"node1 .* SECONDARY", healed)
-        assert "1 more failure would be tolerated" in healed
+        assert "3 nodes tolerate 1 failure" in healed
 
     assert "Cluster stopped." in reader.types(block("stop"))
     with pytest.raises(AssertionError, match="Not healthy"):
