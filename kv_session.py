@@ -11,7 +11,8 @@ by the thread that applies it or confirms the read. Waking the client's own thre
 more than all the rest (docs/adr/0005, 0007).
 
 Each ``Session`` belongs to one connection of ``kv_store_server.py``: to its thread ``client-N``, or
-while that sleeps to ``read-clients``. What they share is the ``Service``. The commands' meaning is in ``kv_store.py``, their syntax in ``kv_commands.py``.
+while that sleeps to ``read-clients``. What they share is the ``Service``. The commands' meaning is
+in ``kv_store.py``, their syntax in ``kv_commands.py``.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from kv_errors import (
     KVError,
     MismatchError,
     NoPrimaryError,
+    NoSpaceError,
     NotPrimaryError,
     OutOfMemoryError,
 )
@@ -53,7 +55,7 @@ BATCH_REQUESTS_MAX: Final = 1024
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 # More is only made once this has been sent: a short pipeline can ask for gigabytes.
 REPLIES_BYTES_MAX: Final = 1024 * 1024
-# Allowed where memory is short; a session because a client may need one to delete under.
+# Allowed where memory or the disk is short; a session because a client may need one to delete under.
 SHRINKING: Final = frozenset(
     {"DEL", "DELETE", "UNLINK", "DELEX", "GETDEL", "FLUSHALL", "EXPIRE", "SESSION"}
 )
@@ -280,15 +282,19 @@ class Session:
             command = kv_commands.check(item)
         except KVError as error:
             return error
-        if "write" in command.flags and self._is_out_of_memory(item):
-            return OutOfMemoryError("command not allowed when used memory > --max-memory")
+        if "write" in command.flags and (shortage := self._shortage()):
+            acting = kv_commands.lookup(kv_commands.acting(item))
+            return command if acting.name in SHRINKING else shortage
         return command
 
-    def _is_out_of_memory(self, argv: Argv) -> bool:
+    def _shortage(self) -> KVError | None:
+        """What there is too little of for a write that may take more."""
         limit = self.service.settings.memory_bytes_max
-        if not limit or self.store.memory_bytes <= limit:
-            return False
-        return kv_commands.lookup(kv_commands.acting(argv)).name not in SHRINKING
+        if limit and self.store.memory_bytes > limit:
+            return OutOfMemoryError("command not allowed when used memory > --max-memory")
+        if self.node.disk_is_full and self.node.is_primary:
+            return NoSpaceError("the primary's disk is almost full: free some space, or delete")
+        return None
 
     def _gather(self, items: Sequence[Item], start: int, flag: str) -> tuple[list[Argv], int]:
         """The requests from ``start`` on that are of the same kind, and where they end."""

@@ -14,17 +14,20 @@ data or its name are not right here (starting it again can't help), 79 it was re
 cluster.
 
 Threads: ``main`` waits for signals, ``accept-clients`` accepts, ``read-clients`` reads what is
-answered at once, ``client-N`` serves one connection where that takes longer. The rest are of ``raft_node.py``. Read on in ``kv_session.py``.
+answered at once, ``client-N`` serves one connection where that takes longer. The rest are of
+``raft_node.py``. Read on in ``kv_session.py``.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import gc
 import json
 import logging
 import os
+import resource
 import select
 import shutil
 import signal
@@ -35,6 +38,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import kv_commands
@@ -75,6 +79,9 @@ READY_MAX = 256  # connections that become one batch
 STUCK_S = 1.0
 # A request that has begun must go on within this, and a reply be read: else the thread is free.
 STALL_S = 60
+ACCEPT_PAUSE_S = 0.1
+# Open files that are kept for the log, the state and the peers.
+FILES_RESERVED = 128
 JOIN_INTERVAL_S = 0.5
 WATCH_INTERVAL_S = 0.5
 JOIN_TIMEOUT_S = 5.0
@@ -126,6 +133,7 @@ class ClientHandler(socketserver.BaseRequestHandler):
         finally:
             session.wait()
             self.server.service.sessions.pop(session.id, None)
+            del self.session  # the two refer to each other: its memory is to go with the connection
 
     def _serve(self, sock: socket.socket, session: Session) -> None:
         while not (session.closing or self._at_end):
@@ -177,13 +185,18 @@ class ClientHandler(socketserver.BaseRequestHandler):
             count, more = len(replies), None  # it is gone, which its own thread will see
         if count == len(replies) and more is None:
             sent()
-        else:
-            threading.Thread(
-                target=self._deliver_slowly,
-                args=(replies[count:], more or (), sent),
-                name="client-slow",
-                daemon=True,
-            ).start()
+            return
+        slow = threading.Thread(
+            target=self._deliver_slowly,
+            args=(replies[count:], more or (), sent),
+            name="client-slow",
+            daemon=True,
+        )
+        try:
+            slow.start()
+        except RuntimeError:  # no more threads
+            self._cut_off()
+            sent()
 
     def _deliver_slowly(
         self, replies: bytes, more: Iterable[bytes], sent: Callable[[], None]
@@ -193,11 +206,14 @@ class ClientHandler(socketserver.BaseRequestHandler):
             for replies in more:
                 self.request.sendall(replies)
         except OSError:
-            # It stood still for STALL_S: what was left out would garble all that follows.
-            with contextlib.suppress(OSError):
-                self.request.shutdown(socket.SHUT_RDWR)
+            self._cut_off()  # it stood still for STALL_S
         finally:
             sent()
+
+    def _cut_off(self) -> None:
+        """A reply was left out, which would garble all that follow."""
+        with contextlib.suppress(OSError):
+            self.request.shutdown(socket.SHUT_RDWR)
 
 
 def _set_stall(sock: socket.socket, option: int, seconds: int) -> None:
@@ -328,23 +344,48 @@ class TCPServer(socketserver.ThreadingTCPServer):
         self.reader.start()
         self.server_activate()
         threading.Thread(
-            target=self.serve_forever, args=(0.05,), name="accept-clients", daemon=True
+            target=self._accept, args=(on_fatal,), name="accept-clients", daemon=True
         ).start()
+
+    def _accept(self, on_fatal: Callable[[BaseException], None]) -> None:
+        try:
+            self.serve_forever(0.05)
+        except BaseException as error:
+            on_fatal(error)
+            raise
+
+    def get_request(self) -> tuple[socket.socket, object]:
+        """Accept. Where the system has no more files, let it rest: the client waits meanwhile."""
+        try:
+            return super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                log.warning("can't accept a client: %s", error.strerror)
+                time.sleep(ACCEPT_PAUSE_S)
+            raise  # which socketserver takes for no client
 
     def process_request(self, request: object, client_address: object) -> None:
         """A new connection: its own thread, or a refusal."""
         assert isinstance(request, socket.socket)
         if len(self.service.sessions) >= self.service.settings.max_clients:
-            with contextlib.suppress(OSError):
-                request.sendall(b"-ERR max number of clients reached\r\n")
-            self.shutdown_request(request)
+            self._refuse(request, b"-ERR max number of clients reached\r\n")
             return
-        threading.Thread(
+        thread = threading.Thread(
             target=self.process_request_thread,
             args=(request, client_address),
             name=f"client-{self.service.connections_count + 1}",
             daemon=True,
-        ).start()
+        )
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning("client refused client=%s: %s", client_address, error)
+            self._refuse(request, b"-ERR the server has no thread left for another client\r\n")
+
+    def _refuse(self, request: socket.socket, reply: bytes) -> None:
+        with contextlib.suppress(OSError):
+            request.sendall(reply)
+        self.shutdown_request(request)
 
     def service_actions(self) -> None:
         """Called by ``accept-clients`` between two looks for new connections."""
@@ -694,6 +735,29 @@ def _configure_logging(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level.upper(), handlers=[handler], force=True)
 
 
+def _fit_clients(settings: Settings) -> Settings:
+    """Raise this process's limit of open files for --max-clients, or lower that to the limit.
+
+    Otherwise a crowd of clients would leave no file for the log, whose failure ends the node.
+    """
+    wanted = settings.max_clients + FILES_RESERVED
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft >= wanted:
+        return settings
+    limit = min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    if limit >= wanted:
+        return settings
+    fitting = max(1, limit - FILES_RESERVED)
+    log.warning(
+        "--max-clients is %d instead of %d: the system allows %d open files (ulimit -n)",
+        fitting,
+        settings.max_clients,
+        limit,
+    )
+    return replace(settings, max_clients=fitting)
+
+
 def _warn_of_choices(settings: Settings) -> None:
     if settings.fsync == "no":
         log.warning("--fsync no: a power failure can lose writes that were answered OK")
@@ -718,6 +782,7 @@ def main(argv: Sequence[str] | None = None, environ: dict[str, str] | None = Non
     _configure_logging(settings)
     log.info("starting version=%s python=%s", VERSION, sys.version.split()[0])
     _warn_of_choices(settings)
+    settings = _fit_clients(settings)
     threading.current_thread().name = "main"
     threading.stack_size(1024 * 1024)
     # Blocked in every thread, for main to take by itself: a handler would run only when main wakes,

@@ -81,10 +81,13 @@ log = logging.getLogger(__name__)
 # Under load, a new commit index that no entries take along is told this often.
 COMMIT_NEWS_S = 0.004
 APPLY_BYTES_MAX = 1024 * 1024
+APPLY_LAG_MAX = 20_000  # entries, which take some 0.2 s
 UPKEEP_INTERVAL_S = 0.1
 STOP_TIMEOUT_S = 30.0  # the state is saved once more, which takes longest
-# Below this the primary refuses writes, so that what it has accepted still fits.
+# Below the first the primary's clients may only delete, below the second it refuses every write, so
+# that what it has accepted still fits.
 DISK_RESERVE_BYTES = 64 * 1024 * 1024
+DISK_FLOOR_BYTES = 32 * 1024 * 1024
 DISK_CHECK_INTERVAL_S = 1.0
 
 Effect = Callable[[], object]
@@ -144,7 +147,7 @@ class RaftNode:
         self._seen = (Role.FOLLOWER, self._core.term, self._core.leader_id)
         self._seen_truncated = 0
         self._seen_membership = Membership()
-        self._disk_full = False
+        self._bytes_free = DISK_RESERVE_BYTES
         self._lease = Lease(config.lease_reads, config.election_timeout_min_s, clock)
         self._keeper = StateKeeper(
             identity.member_id, disk, state, self, snapshot.index, config.log_bytes_max
@@ -227,8 +230,8 @@ class RaftNode:
         """
         with self._lock:
             self._check_serving_locked()
-            if self._disk_full:
-                raise NoSpaceError("the primary's disk is almost full: free some space")
+            if self._bytes_free < DISK_FLOOR_BYTES:
+                raise NoSpaceError("the primary's disk is full: free some space")
             try:
                 first = self._core.propose(payloads)
             except NotLeaderError:
@@ -313,6 +316,11 @@ class RaftNode:
         return None
 
     # ---- Any thread: members and leadership ----------------------------------------------------
+
+    @property
+    def disk_is_full(self) -> bool:
+        """Whether the disk has no room for anything but deletions."""
+        return self._bytes_free < DISK_RESERVE_BYTES
 
     @property
     def has_primary(self) -> bool:
@@ -419,7 +427,7 @@ class RaftNode:
         found = (
             self._audit.trouble,
             "the disk hangs" if self._disk_hangs else "",
-            "disk almost full: writes are refused" if self._disk_full else "",
+            "disk almost full: all but deletions is refused" if self.disk_is_full else "",
             self._keeper.trouble,
         )
         return "; ".join(text for text in found if text)
@@ -583,10 +591,12 @@ class RaftNode:
             self._writing_ticks = 0
         self._writing_ticks += ticks
         hangs = self._writing_ticks > self._core.config.election_ticks_min
+        # Who has much to apply lets others go first: its clients would wait for that.
+        is_behind = self._core.commit_index - self._applied_index > APPLY_LAG_MAX
+        self._core.may_campaign = not (hangs or is_behind or self._audit.trouble)
         if hangs == self._disk_hangs:
             return []
         self._disk_hangs = hangs
-        self._core.may_campaign = not hangs and not self._audit.trouble
         if not hangs:
             return [partial(log.warning, "the disk answers again")]
         if self._core.role is Role.LEADER:
@@ -699,13 +709,12 @@ class RaftNode:
         return [pending.finish for pending in done]
 
     def _check_disk_space(self) -> None:
-        full = self._disk.bytes_free() < DISK_RESERVE_BYTES
-        if full != self._disk_full:
-            self._disk_full = full  # one writer; read without the lock is fine
-            if full:
-                log.error("disk almost full: writes are refused until there is room again")
-            else:
-                log.info("disk has room again: writes are accepted")
+        was_full = self.disk_is_full
+        self._bytes_free = self._disk.bytes_free()  # one writer; read without the lock is fine
+        if self.disk_is_full and not was_full:
+            log.error("disk almost full: a primary refuses all but deletions until there is room")
+        elif was_full and not self.disk_is_full:
+            log.info("disk has room again")
 
     # ---- Thread raft-applier -------------------------------------------------------------------
 
@@ -778,7 +787,8 @@ class RaftNode:
             if payloads:
                 with self._lock:
                     effects = []
-                    may_propose = self._core.role is Role.LEADER and not self._disk_full
+                    may_propose = self._core.role is Role.LEADER
+                    may_propose = may_propose and self._bytes_free >= DISK_FLOOR_BYTES
                     if may_propose and self._core.transfer_target is None:
                         self._core.propose(payloads)
                         effects = self._pump_locked()

@@ -79,6 +79,7 @@ log = logging.getLogger(__name__)
 # write over zeros costs the disk alone; one that changes the file's length costs the file system's
 # journal as well, which etcd saves in the same way (wal/wal.go, preallocation).
 _ZEROS_BYTES = 256 << 10
+_TURN_BYTES_MAX = 4 << 20
 
 # ---- Values ------------------------------------------------------------------------------------
 
@@ -298,16 +299,25 @@ class ReplicationLog:
     def append(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
         """Make a new hard state (None: unchanged) and entries durable, with one write and one sync.
 
-        The entries' indexes are consecutive and leave no gap after the log's last. Any OSError is
-        fatal to the process: what it left on the disk is known only after a restart.
+        (Much is written in several turns: a reader takes in whole records, however few entries it
+        wants.) The entries' indexes are consecutive and leave no gap after the log's last. Any
+        OSError is fatal to the process: what it left on the disk is known only after a restart.
         """
         if hard_state is None and not entries:
             return
         assert self.identity is not None, "a log belongs to a member before it says anything"
         flaw = self._flaw(hard_state or self._hard_state, entries)
         assert flaw is None, flaw
-        data = encode_entries(entries)
+        begin = size_bytes = 0
+        for end, entry in enumerate(entries):
+            size_bytes += ENTRY_OVERHEAD_BYTES + len(entry.data)
+            if size_bytes > _TURN_BYTES_MAX and end > begin:
+                self._append_record(hard_state, entries[begin:end])
+                hard_state, begin, size_bytes = None, end, ENTRY_OVERHEAD_BYTES + len(entry.data)
+        self._append_record(hard_state, entries[begin:])
 
+    def _append_record(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
+        data = encode_entries(entries)
         self._begin_change()
         first = entries[0].index if entries else self._index.last + 1
         last = self._last_segment
@@ -316,8 +326,8 @@ class ReplicationLog:
             if first < last.first_index or size_bytes > self._segment_bytes_max:
                 last = self._create_segment(first)
         record = encode_record(hard_state, data)
-        # One record for all, however large: of several, a crash could leave the later ones whole
-        # and an earlier one not, which is how corruption looks.
+        # One record: of several in one write, a crash could leave the later ones whole and an
+        # earlier one not, which is how corruption looks.
         assert len(record) <= RECORD_BYTES_MAX, f"a batch of {len(record)} bytes"
         offset = record_start(last.records_end)
         end, size_bytes = offset + len(record), last.size_bytes

@@ -1,21 +1,27 @@
-"""The thread that reads for all clients: a node whose disk hangs must not take the clients along."""
+"""The threads that serve clients, around a node that is none: what hangs, what runs out, what is left."""
 
 from __future__ import annotations
 
+import errno
+import gc
 import socket
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import cast
 
 import pytest
 
+from kv_commands import encode_payload
 from kv_config import parse_settings
 from kv_errors import OutcomeUnknownError
 from kv_session import Service
 from kv_store import KeyValueStore
-from kv_store_server import TCPServer
+from kv_store_server import ACCEPT_PAUSE_S, TCPServer
 from raft_node import RaftNode
 from raft_status import Pending
+from tests.cluster import eventually
 
 
 class HangingNode:
@@ -24,6 +30,7 @@ class HangingNode:
     def __init__(self) -> None:
         self.store_lock = threading.Lock()
         self.is_primary = True
+        self.disk_is_full = False
         self.hangs = threading.Event()
         self.may_go_on = threading.Event()
 
@@ -103,3 +110,112 @@ def test_pipeline_behind_a_write_that_hangs_then_the_replies_keep_their_order(
         lines = client.makefile("rb")
         assert b"UNKNOWN" in lines.readline()
         assert b"NOT_FOUND" in lines.readline()
+
+
+def test_disk_when_almost_full_then_deletions_alone_are_accepted(
+    server: TCPServer, node: HangingNode
+) -> None:
+    """They are what makes room; and a definite refusal says that nothing was done."""
+    node.disk_is_full = True
+    node.may_go_on.set()
+    with connect(server) as client:
+        lines = client.makefile("rb")
+        client.sendall(b"SET a 1\nINCR n\n")
+        assert b'"code": "NO_SPACE"' in lines.readline()
+        assert b'"code": "NO_SPACE"' in lines.readline()
+        assert not node.hangs.is_set()  # nothing has reached it
+
+        client.sendall(b"DELETE a\n")
+        lines.readline()
+        assert node.hangs.is_set()
+
+
+def test_connection_when_it_has_ended_then_its_memory_goes_with_it(
+    server: TCPServer, node: HangingNode
+) -> None:
+    """Not when the collector of cycles comes by, which it does seldom once much is loaded."""
+    node.may_go_on.set()
+    gc.collect()
+    gc.disable()
+    try:
+        with connect(server) as client:
+            client.sendall(b"GET a\n")
+            client.recv(1000)
+            (session,) = map(weakref.ref, server.service.sessions.values())
+        eventually(lambda: session() is None, "nothing holds the session")
+    finally:
+        gc.enable()
+
+
+def test_reply_when_it_needs_a_thread_and_there_is_none_then_its_connection_alone_ends(
+    server: TCPServer, node: HangingNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread of the node delivers it: what fails there would end the process."""
+    node.may_go_on.set()
+    start = threading.Thread.start
+
+    def start_unless_slow(thread: threading.Thread) -> None:
+        if thread.name == "client-slow":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_unless_slow)
+    server.service.store.apply(1, encode_payload(1, [b"SET", b"large", b"x" * (32 << 20)]))
+    with connect(server) as greedy, connect(server) as other:
+        greedy.sendall(b"GET large\n")
+        received = 0
+        while data := greedy.recv(1 << 20):
+            received += len(data)
+        assert received < 32 << 20
+        other.sendall(b"GET a\n")
+        assert b"NOT_FOUND" in other.recv(1000)
+
+
+def test_client_when_there_is_no_thread_for_it_then_it_is_told_so(
+    server: TCPServer, node: HangingNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the server goes on accepting."""
+
+    def fail(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with connect(server) as refused:
+            assert refused.recv(1000).startswith(b"-ERR the server has no thread left")
+
+    with connect(server) as client:
+        client.sendall(b"GET a\n")
+        assert b"NOT_FOUND" in client.recv(1000)
+
+
+def test_clients_when_the_files_run_out_then_they_wait_and_are_served_in_the_end(
+    server: TCPServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``accept`` fails at once then, again and again: it is left alone for a while."""
+    attempts: list[float] = []
+    accept = server.socket.accept
+
+    def fail_thrice() -> object:
+        attempts.append(time.monotonic())
+        if len(attempts) <= 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return accept()
+
+    monkeypatch.setattr(server, "socket", Accepting(server.socket, fail_thrice))
+    with connect(server) as client:
+        client.sendall(b"GET a\n")
+        assert b"NOT_FOUND" in client.recv(1000)
+
+    assert attempts[3] - attempts[0] >= 3 * ACCEPT_PAUSE_S
+
+
+class Accepting:
+    """A listening socket whose ``accept`` is another one."""
+
+    def __init__(self, sock: socket.socket, accept: Callable[[], object]) -> None:
+        self._sock = sock
+        self.accept = accept
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._sock, name)

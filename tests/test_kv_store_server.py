@@ -418,11 +418,12 @@ def _held_by(cluster: Cluster, key: str) -> list[object]:
 class Process:
     """``kv_store_server.py`` with these flags, its output in a file; killed in the end."""
 
-    def __init__(self, directory: Path, *flags: str) -> None:
+    def __init__(self, directory: Path, *flags: str, files_max: int | None = None) -> None:
         self._output = directory / f"output{time.monotonic_ns()}"
+        limited = ("sh", "-c", f'ulimit -n {files_max} && exec "$@"', "sh") if files_max else ()
         with self._output.open("wb") as file:
             self.popen = subprocess.Popen(
-                [sys.executable, str(SERVER_SCRIPT), *flags],
+                [*limited, sys.executable, str(SERVER_SCRIPT), *flags],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
@@ -447,8 +448,8 @@ def run(tmp_path: Path) -> Iterator[Callable[..., Process]]:
     """Starts servers in a directory of their own."""
     processes: list[Process] = []
 
-    def start(*flags: str) -> Process:
-        processes.append(Process(tmp_path, *flags))
+    def start(*flags: str, files_max: int | None = None) -> Process:
+        processes.append(Process(tmp_path, *flags, files_max=files_max))
         return processes[-1]
 
     yield start
@@ -598,6 +599,24 @@ def test_disk_when_a_write_fails_then_the_server_ends_at_once_with_1(
     run(*founder_flags(port)).await_output("serving")
     eventually(lambda: ask(address, "GET before").get("value") == 1, "it is there")
     assert ask(address, "GET big")["status"] == "NOT_FOUND"
+
+
+def test_files_when_the_system_allows_few_then_fewer_clients_are_taken(
+    run: Callable[..., Process],
+) -> None:
+    """A crowd that took the last one would end the node, which needs them for its log."""
+    (port,) = free_ports(1)
+    server = run(*founder_flags(port), files_max=140)
+    server.await_output("serving")
+    assert "--max-clients is 12 instead of 10000" in server.output
+
+    with contextlib.ExitStack() as stack:
+        address = ("127.0.0.1", port)
+        clients = [stack.enter_context(RespConnection(address)) for _ in range(12)]
+        assert all(client.ask("PING") == "PONG" for client in clients)
+        with socket.create_connection(address, timeout=10) as next_one:
+            assert receive_all(next_one) == b"-ERR max number of clients reached\r\n"
+        assert clients[0].ask("SET", "k", "v") == "OK"
 
 
 def test_log_format_when_json_then_every_line_is_an_object(run: Callable[..., Process]) -> None:

@@ -884,15 +884,15 @@ def test_add_member_when_name_or_address_is_anothers_then_it_is_refused(shared_t
 # ---- Disk --------------------------------------------------------------------------------------
 
 
-def test_disk_when_almost_full_then_writes_are_refused_and_reads_go_on(
+def test_disk_when_full_then_writes_are_refused_and_reads_go_on(
     shared_trio: Trio, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A definite refusal before the disk is full, so that what was accepted still fits (T18)."""
+    """A definite refusal before it is quite full, so that what was accepted still fits (T18)."""
     leader = shared_trio.leader()
     leader.set("k", "before")
 
     with monkeypatch.context() as patch:
-        patch.setattr(leader.disk, "bytes_free", lambda: raft_node.DISK_RESERVE_BYTES - 1)
+        patch.setattr(leader.disk, "bytes_free", lambda: raft_node.DISK_FLOOR_BYTES - 1)
         eventually(lambda: _refuses_for_space(leader), "it notices")
         assert leader.get("k") == b"before"
         assert "disk" in leader.status.trouble

@@ -132,6 +132,22 @@ def test_append_when_a_membership_is_replaced_then_it_is_not_recovered(tmp_path:
     assert recover(tmp_path).memberships == ()
 
 
+def test_append_when_much_is_given_then_it_is_several_records_each_synced_before_the_next(
+    tmp_path: Path,
+) -> None:
+    """A peer that is far behind reads a little at a time, and whole records with it."""
+    watched = WatchedDisk()
+    batch = [entry(index, data=b"x" * (1 << 20)) for index in range(1, 11)]
+    with open_log(tmp_path, fsync=True, disk=watched.disk()) as log:
+        watched.take()
+        log.append(HardState(1, None), batch)
+        name = segments(tmp_path)[0].name
+        assert watched.take() == 4 * [("pwrite", name), ("fdatasync", name)]
+        assert log.read(1, 10, 100 << 20) == batch
+
+    assert recover(tmp_path).last_index == 10
+
+
 def test_append_when_segments_are_full_then_new_ones_are_begun(tmp_path: Path) -> None:
     """No segment is longer than its limit, and all of them together are the log."""
     batches = [entries(first, first + 2) for first in range(1, 61, 3)]
