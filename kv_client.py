@@ -1,15 +1,15 @@
 """The client library: a cluster seen as one store, through failovers.
 
-Rule 1: a request that was certainly not done (no connection, MOVED, CLUSTERDOWN, BUSY) is sent
-again, elsewhere and after a pause, until it is answered or ``timeout_s`` has passed.
-Rule 2: a request that may have been done (the connection broke or went silent after it was sent, or
-the node said UNKNOWN) is sent again only if it is *repeatable*: a read, or a write whose reply does
-not depend on the state (plain ``set``, ``mset``, ``flushall``). The caller of any other, such as
-``incr``, ``cas`` or ``delete``, gets ``OutcomeUnknownError`` and can look before trying again.
-Rule 3: after an attempt that may have been done, no definite error reaches the caller.
+Rule 1: every write stands in a client session under a serial of its own (thesis 6.3), so that it
+is done once however often it is sent, and answered as the first time.
+Rule 2: so any request is sent again, elsewhere and after a pause, until it is answered or
+``timeout_s`` has passed; whether it was refused (no connection, MOVED, CLUSTERDOWN, BUSY), or may
+have been done (the connection broke or went silent after it was sent, or the node said UNKNOWN).
+Rule 3: after an attempt that may have been done, only the answer of the store itself is taken for
+definite. Without one in time the caller gets ``OutcomeUnknownError`` and can look.
 
-The price of Rule 2: a repeated ``set`` may be applied twice, the second time over a newer value of
-another client. Where that matters, write with ``cas``, which never is applied twice.
+The session is opened by the first write. One that has ended (after an hour without a write) is
+replaced by another, unless a write was under way in it: whether that was done is unknown then.
 
 A client may be shared by any number of threads: each call takes a connection from the pool for
 itself. It starts no thread. Read on in ``kv_protocol.py`` for the bytes, in ``kv_errors.py`` for
@@ -24,19 +24,22 @@ import random
 import socket
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Final, NamedTuple, Self, TypeVar, cast
 
-from kv_commands import is_blind, lookup
+from kv_commands import lookup
 from kv_config import parse_address
 from kv_errors import (
+    AnswerForgottenError,
     BadRequestError,
     BusyError,
     KVError,
+    MismatchError,
     NoPrimaryError,
+    NoSessionError,
     NotPrimaryError,
     OutcomeUnknownError,
     ProtocolError,
@@ -53,6 +56,9 @@ T = TypeVar("T")
 DEFAULT_NODES: Final = ("127.0.0.1:6379", "127.0.0.1:6380", "127.0.0.1:6381")
 # A live host answers a connection attempt within this even on a bad day: one SYN sent again.
 CONNECT_S_MAX: Final = 1.5
+# And who answers nothing on a new connection for this long is passed over for a while: the others
+# may still redirect to a primary that hangs, until they elect another.
+PROBE_S_MAX: Final = 1.0
 PAUSE_S_MIN: Final = 0.020
 PAUSE_S_MAX: Final = 0.500
 # What is sent before replies are read. Both fit into the sockets' buffers, so that a client that
@@ -60,6 +66,8 @@ PAUSE_S_MAX: Final = 0.500
 CHUNK_BYTES_MAX: Final = 64 * 1024
 CHUNK_REQUESTS_MAX: Final = 1024
 RECEIVE_BYTES: Final = 64 * 1024
+CLOSE_S_MAX: Final = 0.5
+_OPEN_SESSION: Final = [b"SESSION", b"OPEN"]
 # They change the connection they arrive on, which here is another one for the next request.
 STATEFUL_COMMANDS: Final = frozenset(
     {b"HELLO", b"READONLY", b"READWRITE", b"RESET", b"QUIT", b"CLIENT"}
@@ -91,28 +99,79 @@ class Versioned(NamedTuple):
 # ---- One request ---------------------------------------------------------------------------------
 
 
+class _Session:
+    """A client session, in which many calls of many threads may be under way at once."""
+
+    def __init__(self, session_id: int) -> None:
+        self.id = session_id
+        # Guards what follows.
+        self._lock = threading.Lock()
+        self._next_serial = 1
+        self._unanswered: OrderedDict[int, None] = OrderedDict()  # serials, ascending
+
+    def begin(self) -> int:
+        """A serial for a write."""
+        with self._lock:
+            serial = self._next_serial
+            self._next_serial += 1
+            self._unanswered[serial] = None
+            return serial
+
+    def end(self, serial: int) -> None:
+        """Nobody will ask for this serial again."""
+        with self._lock:
+            del self._unanswered[serial]
+
+    @property
+    def first_unanswered(self) -> int:
+        """The cluster may forget the answers before this serial."""
+        with self._lock:
+            return next(iter(self._unanswered), self._next_serial)
+
+
 class _Call:
     """One request from its first attempt to its last; decides when another attempt is safe.
 
     Invariant: once ``open`` is false, ``reply`` is what the caller is told.
     """
 
-    __slots__ = ("_maybe_done", "_reads", "data", "open", "repeatable", "reply")
+    __slots__ = (
+        *("_argv", "_maybe_done", "_reads", "_serial", "_session"),
+        *("data", "in_session", "open", "repeatable", "reply"),
+    )
 
     def __init__(self, argv: list[bytes]) -> None:
-        self.data = encode_request(argv)
-        self._reads, self.repeatable = _nature(argv)
+        self._argv = argv
+        self._reads, self.in_session, self.repeatable = _nature(argv)
+        self._session: _Session | None = None
+        self._serial = 0
         self._maybe_done = False
         self.open = True
         self.reply: Reply = None
+        self.data = b"" if self.in_session else encode_request(argv)
+
+    def prepare(self, session: _Session | None) -> None:
+        """Make ``data``, for the attempt that comes now."""
+        if not self.in_session:
+            return
+        if self._session is None:
+            assert session is not None
+            self._session = session
+            self._serial = session.begin()
+        numbers = b"%d %d %d" % (self._session.id, self._serial, self._session.first_unanswered)
+        self.data = encode_request([b"SESSION", b"DO", *numbers.split(), *self._argv])
 
     def answer(self, reply: Reply) -> None:
         """Take a node's answer; the call stays open where another attempt is safe and may help."""
         self.reply = reply
         match reply:
+            case AnswerForgottenError():
+                self.open = False
             case OutcomeUnknownError():
                 self._maybe_done = not self._reads
                 self.open = self.repeatable
+            case NoSessionError() if self._session is not None and not self._maybe_done:
+                self.leave_session()  # to be done in another one
             case KVError():
                 self.open = reply.retryable
             case _:
@@ -120,9 +179,21 @@ class _Call:
         if not self.open:
             self._close()
 
+    def leave_session(self) -> None:
+        """Its serial will not be asked for again."""
+        if self._session is not None:
+            self._session.end(self._serial)
+            self._session = None
+
     def lose(self, why: str) -> None:
         """The request was sent, and no answer will come."""
         self.answer(OutcomeUnknownError(f"The answer was lost: {why}"))
+
+    def refuse(self, error: KVError) -> None:
+        """There is no session for it."""
+        if self.in_session:
+            self.reply, self.open = error, False
+            self._close()
 
     def give_up(self, why: str) -> None:
         """The deadline has passed."""
@@ -132,19 +203,26 @@ class _Call:
         self._close()
 
     def _close(self) -> None:
-        # Rule 3: "not done" is true of the last attempt only.
-        if self._maybe_done and isinstance(self.reply, KVError) and self.reply.definite:
-            self.reply = OutcomeUnknownError(f"It may have been done, but then: {self.reply}")
+        self.leave_session()
+        reply = self.reply
+        if not self._maybe_done or not isinstance(reply, KVError) or not reply.definite:
+            return
+        # Rule 3: a refusal is true of the last attempt only.
+        if not (self.in_session and isinstance(reply, MismatchError | BadRequestError)):
+            self.reply = OutcomeUnknownError(f"It may have been done, but then: {reply}")
 
 
-def _nature(argv: list[bytes]) -> tuple[bool, bool]:
-    """Whether the request changes nothing, and whether it may be sent again regardless (Rule 2)."""
+def _nature(argv: list[bytes]) -> tuple[bool, bool, bool]:
+    """Whether the request changes nothing, stands in a session, and may be sent again regardless."""
     try:
-        reads = not lookup(argv).flags & {"write", "admin"}
-        return reads, reads or is_blind(argv)
+        command = lookup(argv)
     except BadRequestError:
         # Wrong, or a command of a newer server: the server will tell, nothing is assumed.
-        return False, False
+        return False, False, False
+    reads = not command.flags & {"write", "admin"}
+    in_session = "write" in command.flags and command.name != "SESSION"
+    # A session that is opened twice is one that nobody uses, and ends by itself.
+    return reads, in_session, reads or in_session or argv == _OPEN_SESSION
 
 
 def _to_bytes(argument: Argument) -> bytes:
@@ -265,12 +343,12 @@ def _pauses() -> Iterator[float]:
 
 
 class KVStoreClient:
-    """A cluster as one store of JSON values under text keys. See the module for its three rules.
+    """A cluster as one store of JSON values under text keys. See the module for its rules.
 
     ``nodes`` are some addresses of the cluster (``"host:port"``), at least one of them alive at the
     first call; the others are learned. ``timeout_s`` covers a whole call with all its attempts.
     Every method may raise ``NoPrimaryError`` (not done in time) or another error of ``kv_errors``;
-    writes that are not repeatable may raise ``OutcomeUnknownError``.
+    writes may raise ``OutcomeUnknownError`` where no answer came in time.
     """
 
     def __init__(self, nodes: Iterable[str] = DEFAULT_NODES, *, timeout_s: float = 10.0) -> None:
@@ -289,6 +367,9 @@ class KVStoreClient:
         self._lock = threading.Lock()
         self._idle: dict[Address, list[_Connection]] = {}  # last used first; at most one a thread
         self._closed = False
+        # Held by who opens a session, while it waits for the cluster.
+        self._opening = threading.Lock()
+        self._session: _Session | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -303,6 +384,7 @@ class KVStoreClient:
 
     def close(self) -> None:
         """Close all connections; a call that runs in another thread still gets the answer it waits for."""
+        self._close_session()
         with self._lock:
             self._closed = True
             idle = [connection for stack in self._idle.values() for connection in stack]
@@ -463,7 +545,11 @@ class KVStoreClient:
         """
         self._answered_by.node = None
         calls = [self._call(argv) for argv in requests]
-        self._run(calls)
+        try:
+            self._run(calls, time.monotonic() + self._timeout_s)
+        finally:
+            for call in calls:  # some may have been interrupted
+                call.leave_session()
         return [call.reply for call in calls]
 
     def _call(self, argv: Sequence[Argument]) -> _Call:
@@ -474,21 +560,31 @@ class KVStoreClient:
             raise BadRequestError(f"{argv[0]!s} has no meaning on a pool of connections.")
         return _Call(words)
 
-    def _run(self, calls: Sequence[_Call]) -> None:
+    def _run(self, calls: Sequence[_Call], deadline: float) -> None:
         """Attempt after attempt, until every call is answered or the deadline has passed."""
-        deadline = time.monotonic() + self._timeout_s
         pauses = _pauses()
         excuses: dict[Address, str] = {}  # what each node said that did not help
         waiting = deque(calls)
         while waiting:
+            session = None
+            if any(call.in_session for call in waiting):
+                try:
+                    session = self._open_session(deadline)
+                except KVError as error:
+                    for call in waiting:
+                        call.refuse(error)
+                    waiting = deque(call for call in waiting if call.open)
+                    continue
             address = self._directory.pick()
-            chunk = _take_chunk(waiting)
+            chunk = _take_chunk(waiting, session)
             failure = self._attempt(address, chunk, deadline)
             waiting.extendleft(call for call in reversed(chunk) if call.open)
             if failure is None:
                 pauses = _pauses()
                 continue
             excuses[address] = _excuse(failure)
+            if isinstance(failure, NoSessionError):
+                self._forget_session(session)
             if time.monotonic() >= deadline:
                 told = "; ".join(f"{node}: {excuse}" for node, excuse in excuses.items())
                 for call in waiting:
@@ -527,11 +623,48 @@ class KVStoreClient:
         match refusal:
             case NotPrimaryError():
                 self._directory.moved(_primary_of(refusal))
-            case BusyError() | None:
+            case BusyError() | NoSessionError() | None:
                 pass
             case _:
                 self._directory.failed(address)
         return refusal if isinstance(refusal, KVError) else None
+
+    # ---- The session ----
+
+    def _open_session(self, deadline: float) -> _Session:
+        """The session that writes stand in now. Raises what a request may raise."""
+        session = self._session
+        if session is not None:
+            return session
+        if not self._opening.acquire(timeout=_seconds_until(deadline)):
+            raise NoPrimaryError("no session could be opened in time")
+        try:
+            if self._session is None:
+                call = _Call(_OPEN_SESSION)
+                self._run([call], deadline)
+                if isinstance(call.reply, KVError):
+                    # Whatever became of that, the write that was to stand in it was not sent.
+                    raise call.reply if call.reply.definite else NoPrimaryError(str(call.reply))
+                self._session = _Session(_expect(int, call.reply))
+            return self._session
+        finally:
+            self._opening.release()
+
+    def _forget_session(self, session: _Session | None) -> None:
+        with self._opening:
+            if self._session is session:
+                self._session = None
+
+    def _close_session(self) -> None:
+        """Give the cluster its memory back, if that is quickly done; the session ends by itself."""
+        session, self._session = self._session, None
+        address = self._directory.pick()
+        if session is None or self._closed or (connection := self._take_idle(address)) is None:
+            return
+        with suppress(OSError):
+            argv = [b"SESSION", b"CLOSE", b"%d" % session.id]
+            _exchange(connection, argv, time.monotonic() + CLOSE_S_MAX)
+        connection.close()
 
     # ---- Connections ----
 
@@ -577,7 +710,7 @@ class KVStoreClient:
         """
         connection = _Connection(address, min(CONNECT_S_MAX, _seconds_until(deadline)))
         try:
-            hung_at = time.monotonic() + self._silence_s
+            hung_at = time.monotonic() + min(self._silence_s, PROBE_S_MAX)
             self._learn(_exchange(connection, [b"CLUSTER"], min(deadline, hung_at)))
         except BaseException:
             connection.close()
@@ -601,13 +734,14 @@ class KVStoreClient:
 # ---- Requests and replies ------------------------------------------------------------------------
 
 
-def _take_chunk(waiting: deque[_Call]) -> list[_Call]:
+def _take_chunk(waiting: deque[_Call], session: _Session | None) -> list[_Call]:
     """As many calls as may be sent before replies are read; at least one."""
-    chunk = [waiting.popleft()]
-    size = len(chunk[0].data)
+    chunk: list[_Call] = []
+    size = 0
     while waiting and len(chunk) < CHUNK_REQUESTS_MAX:
+        waiting[0].prepare(session)
         size += len(waiting[0].data)
-        if size > CHUNK_BYTES_MAX:
+        if chunk and size > CHUNK_BYTES_MAX:
             break
         chunk.append(waiting.popleft())
     return chunk

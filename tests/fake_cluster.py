@@ -17,11 +17,11 @@ from enum import Enum, auto
 from types import TracebackType
 from typing import Self
 
-from kv_commands import check, encode_payload
+from kv_commands import acting, check, encode_payload
 from kv_errors import KVError, NoPrimaryError, NotPrimaryError, OutcomeUnknownError
 from kv_protocol import RequestParser, encode_line, encode_reply
 from kv_store import ExpiredKeysError, KeyValueStore, purge_request
-from kv_types import Reply, SimpleString
+from kv_types import RepeatedReply, Reply, SimpleString
 
 
 class Fault(Enum):
@@ -105,8 +105,9 @@ class FakeCluster:
         # Guards what follows, and makes each request one step.
         self._lock = threading.Lock()
         self.store = KeyValueStore()
-        self.faults: deque[Fault | KVError | None] = deque()  # by data request to the primary
-        self.done: Counter[str] = Counter()  # data requests by command, as executed
+        self.faults: deque[Fault | KVError | None] = deque()  # by data request to the primary,
+        # other than SESSION OPEN and CLOSE
+        self.done: Counter[str] = Counter()  # the same by command, as executed, and so only once
         self.received: Counter[str] = Counter()  # data requests by node id
         self.forged_hash: dict[str, str] = {}  # by node id: what STATUS tells instead
         self.nodes = [FakeNode(self, f"node{number}") for number in range(1, count + 1)]
@@ -142,7 +143,8 @@ class FakeCluster:
                 return NoPrimaryError()
             if node is not primary:
                 return NotPrimaryError(primary.node_id, primary.host, primary.port)
-            fault = self.faults.popleft() if self.faults else None
+            is_write_or_read = acting(argv)[0] != b"SESSION"
+            fault = self.faults.popleft() if self.faults and is_write_or_read else None
             if fault is Fault.DROPPED or isinstance(fault, KVError):
                 return fault
             reply = self._execute(argv)
@@ -153,9 +155,13 @@ class FakeCluster:
             flags = check(argv).flags
         except KVError as error:
             return error
-        self.done[argv[0].decode().upper()] += 1
+        command = acting(argv)[0].decode().upper()
         if "write" in flags:
-            return self._apply(argv)
+            reply = self._apply(argv)
+            if command != "SESSION" and not isinstance(reply, RepeatedReply):
+                self.done[command] += 1
+            return reply
+        self.done[command] += 1
         while True:
             try:
                 return self.store.read(argv, _now_ms())

@@ -15,7 +15,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kv_client
+import kv_client_sessions
 from kv_client import Address, JSONValue, KVStoreClient, Versioned
+from kv_commands import encode_payload
 from kv_errors import (
     BadRequestError,
     BusyError,
@@ -24,8 +26,8 @@ from kv_errors import (
     NoSpaceError,
     OutcomeUnknownError,
 )
-from kv_types import OK
-from tests.fake_cluster import FakeCluster, Fault, free_address, silent_listener, unknown
+from kv_types import OK, Reply
+from tests.fake_cluster import FakeCluster, FakeNode, Fault, free_address, silent_listener, unknown
 
 
 @pytest.fixture
@@ -40,10 +42,10 @@ def client(cluster: FakeCluster) -> Iterator[KVStoreClient]:
         yield connected
 
 
-Write = Callable[[KVStoreClient], object]
+Call = Callable[[KVStoreClient], object]
 
-# By command. Their replies or effects depend on what the store holds, so none may be done twice.
-UNREPEATABLE: dict[str, Write] = {
+# By command.
+WRITES: dict[str, Call] = {
     "INCRBY": lambda client: client.incr("n"),
     "DECRBY": lambda client: client.decr("n"),
     "APPEND": lambda client: client.append("k", "x"),
@@ -52,11 +54,10 @@ UNREPEATABLE: dict[str, Write] = {
     "PEXPIRE": lambda client: client.expire("k", 5),
     "PERSIST": lambda client: client.persist("k"),
     "SET": lambda client: client.set("k", 1, nx=True),
-}
-REPEATABLE: dict[str, Write] = {
-    "SET": lambda client: client.set("k", 1),
     "MSET": lambda client: client.mset({"k": 1}),
     "FLUSHALL": lambda client: client.flushall(),
+}
+READS: dict[str, Call] = {
     "GET": lambda client: client.get("k"),
     "GETS": lambda client: client.gets("k"),
     "MGET": lambda client: client.mget(["k"]),
@@ -66,8 +67,8 @@ REPEATABLE: dict[str, Write] = {
 }
 
 
-def params(writes: dict[str, Write]) -> pytest.MarkDecorator:
-    return pytest.mark.parametrize(("command", "write"), writes.items(), ids=list(writes))
+def params(calls: dict[str, Call]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("command", "call"), calls.items(), ids=list(calls))
 
 
 # ---- Values --------------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_redirect_when_told_then_is_followed_and_remembered(cluster: FakeCluster
         client.set("k", 2)
 
         assert client.last_node == cluster.addresses[2]
-    assert cluster.received == {"node2": 1, "node3": 2}
+    assert cluster.received == {"node2": 1, "node3": 4}  # a session is opened and closed, too
 
 
 def test_members_when_learned_then_survive_the_address_that_was_given(cluster: FakeCluster) -> None:
@@ -286,43 +287,147 @@ def test_node_when_it_is_no_kv_store_then_is_passed_over(cluster: FakeCluster) -
 # ---- Not done, or unknown ------------------------------------------------------------------------
 
 
-@params(UNREPEATABLE)
-def test_unrepeatable_write_when_its_answer_is_lost_then_is_unknown_and_done_once(
-    cluster: FakeCluster, client: KVStoreClient, command: str, write: Write
-) -> None:
-    """What may have been done is not tried again (raft-traps T52)."""
-    cluster.faults.append(Fault.DONE_AND_DROPPED)
-
-    with pytest.raises(OutcomeUnknownError):
-        write(client)
-
-    assert cluster.done[command] == 1
-
-
-@params(UNREPEATABLE)
-def test_unrepeatable_write_when_the_node_does_not_know_then_is_unknown(
-    cluster: FakeCluster, client: KVStoreClient, command: str, write: Write
-) -> None:
-    """-UNKNOWN is an answer that no one may turn into a second attempt."""
-    cluster.faults.append(unknown())
-
-    with pytest.raises(OutcomeUnknownError):
-        write(client)
-
-    assert cluster.done[command] == 0
-
-
-@params(REPEATABLE)
+@params(WRITES | READS)
 @pytest.mark.parametrize("fault", [Fault.DROPPED, Fault.DONE_AND_DROPPED, unknown()], ids=str)
-def test_repeatable_request_when_its_answer_is_lost_then_is_sent_again(
-    cluster: FakeCluster, client: KVStoreClient, command: str, write: Write, fault: Fault
+def test_request_when_its_answer_is_lost_then_is_sent_again_and_done_once(
+    cluster: FakeCluster, client: KVStoreClient, command: str, call: Call, fault: Fault
 ) -> None:
-    """Reads and blind writes have the same reply and effect however often they are done."""
+    """A read may be done twice; a write has a serial, under which it is not (thesis 6.3)."""
     cluster.faults.append(fault)
 
-    write(client)
+    call(client)
 
-    assert cluster.done[command] == (2 if fault is Fault.DONE_AND_DROPPED else 1)
+    read_twice = call in READS.values() and fault is Fault.DONE_AND_DROPPED
+    assert cluster.done[command] == (2 if read_twice else 1)
+
+
+def test_answer_when_it_was_lost_then_is_that_of_the_first_time(
+    cluster: FakeCluster, client: KVStoreClient
+) -> None:
+    """Also where asking anew would be answered otherwise: it has its own doing before it now."""
+    for _ in range(4):
+        cluster.faults.extend([Fault.DONE_AND_DROPPED, None])
+
+    assert client.set("lock", "mine", nx=True)
+    assert client.append("log", "entry") == 5
+    version = client.cas("k", "a", 0)
+    assert client.delete("lock") == 1
+
+    assert client.gets("k") == Versioned("a", version)
+
+
+def test_mismatch_when_it_is_the_answer_to_a_write_sent_again_then_is_certain(
+    cluster: FakeCluster, client: KVStoreClient
+) -> None:
+    """The store's own answer, kept under the serial, is no guess about the last attempt."""
+    version = client.cas("k", "a", 0)
+    cluster.faults.append(Fault.DONE_AND_DROPPED)
+
+    with pytest.raises(MismatchError) as raised:
+        client.cas("k", "b", 0)
+
+    assert raised.value.version == version
+
+
+def test_session_when_the_cluster_has_ended_it_then_the_next_write_opens_another(
+    cluster: FakeCluster, client: KVStoreClient
+) -> None:
+    """What was certainly not done there may be done in another one."""
+    assert client.incr("n") == 1
+    end_sessions(cluster)
+
+    assert client.incr("n") == 2
+    assert len(cluster.store.sessions) == 1
+
+
+def test_session_when_it_ends_behind_a_write_without_an_answer_then_that_is_unknown(
+    cluster: FakeCluster, client: KVStoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The record of what was done went with it: in another session it might be done twice."""
+    client.incr("n")
+    answer = cluster.answer
+
+    def end_after(node: FakeNode, argv: list[bytes]) -> Reply | Fault:
+        reply = answer(node, argv)
+        if reply is Fault.DONE_AND_DROPPED:
+            end_sessions(cluster)
+        return reply
+
+    monkeypatch.setattr(cluster, "answer", end_after)
+    cluster.faults.append(Fault.DONE_AND_DROPPED)
+
+    with pytest.raises(OutcomeUnknownError, match="no session"):
+        client.incr("n")
+
+    assert client.get("n") == 2
+    assert client.incr("n") == 3
+
+
+def test_session_when_writes_are_interrupted_then_the_next_ones_go_on(
+    cluster: FakeCluster, client: KVStoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A serial that nobody waits for any more must not hold up those to come (SERIALS_MAX)."""
+    monkeypatch.setattr(kv_client_sessions, "SERIALS_MAX", 3)
+    client.set("k", 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(kv_client._Connection, "send", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            client.incr("n")
+
+    assert [client.incr("n") for _ in range(5)] == [1, 2, 3, 4, 5]
+
+
+def interrupted(connection: object, data: bytes, deadline: float) -> None:
+    raise KeyboardInterrupt
+
+
+def test_session_when_the_client_is_closed_then_is_closed_too(cluster: FakeCluster) -> None:
+    """It would take memory on every node for an hour."""
+    with KVStoreClient(cluster.addresses) as client:
+        client.set("k", 1)
+        assert len(cluster.store.sessions) == 1
+
+    assert len(cluster.store.sessions) == 0
+
+
+def test_session_when_threads_write_at_once_then_they_share_it(cluster: FakeCluster) -> None:
+    """One for a client, opened once."""
+    with KVStoreClient(cluster.addresses) as client, ThreadPoolExecutor(8) as pool:
+        assert sorted(pool.map(lambda _: client.incr("n"), range(100))) == list(range(1, 101))
+        assert len(cluster.store.sessions) == 1
+
+
+def test_session_when_it_is_only_read_then_there_is_none(
+    cluster: FakeCluster, client: KVStoreClient
+) -> None:
+    """A client that only reads costs the cluster nothing."""
+    client.get("k")
+    client.ping()
+
+    assert len(cluster.store.sessions) == 0
+
+
+def test_session_when_it_cannot_be_opened_then_reads_of_the_batch_are_answered(
+    cluster: FakeCluster, client: KVStoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the writes are certainly not done."""
+    answer = cluster.answer
+
+    def refuse_sessions(node: FakeNode, argv: list[bytes]) -> Reply | Fault:
+        return NoSpaceError("the disk is full") if argv[0] == b"SESSION" else answer(node, argv)
+
+    monkeypatch.setattr(cluster, "answer", refuse_sessions)
+    written, read = client.execute_many([["SET", "k", "1"], ["GET", "k"]])
+
+    assert isinstance(written, NoSpaceError)
+    assert read is None
+
+
+def end_sessions(cluster: FakeCluster) -> None:
+    """As an hour without a write does."""
+    for session_id in list(cluster.store.sessions._sessions):
+        argv = [b"SESSION", b"CLOSE", b"%d" % session_id]
+        cluster.store.apply(cluster.store.applied_index + 1, encode_payload(1, argv))
 
 
 @pytest.fixture
@@ -353,16 +458,15 @@ def test_request_when_its_last_byte_never_left_then_is_sent_again(
     assert client.incr("n") == 2
 
 
-def test_batch_when_its_last_byte_never_left_then_the_requests_before_are_unknown(
+def test_batch_when_its_last_byte_never_left_then_each_is_done_once(
     cluster: FakeCluster, client: KVStoreClient, breaking_send: Callable[[], None]
 ) -> None:
-    """What was sent before the break may have been done."""
+    """What was sent before the break may have been done; the last one certainly was not."""
     client.incr("n")
     breaking_send()
 
-    first, _ = client.execute_many([["INCR", "n"], ["INCR", "m"]])
-
-    assert isinstance(first, OutcomeUnknownError)
+    assert client.execute_many([["INCR", "n"], ["INCR", "m"]]) == [2, 1]
+    assert cluster.done == {"INCRBY": 1, "INCR": 2}
 
 
 def test_idle_connection_when_the_node_has_closed_it_then_is_not_used(
@@ -391,14 +495,14 @@ def test_silent_primary_when_asked_to_read_then_another_attempt_is_made(
 @pytest.mark.parametrize(
     ("request_", "error"),
     [
-        (REPEATABLE["SET"], OutcomeUnknownError),
-        (UNREPEATABLE["INCRBY"], OutcomeUnknownError),
-        (REPEATABLE["GET"], NoPrimaryError),
+        (WRITES["SET"], OutcomeUnknownError),
+        (WRITES["INCRBY"], OutcomeUnknownError),
+        (READS["GET"], NoPrimaryError),
     ],
     ids=["set", "incr", "get"],
 )
 def test_silence_when_the_deadline_passes_then_only_a_read_is_surely_not_done(
-    cluster: FakeCluster, request_: Write, error: type[Exception]
+    cluster: FakeCluster, request_: Call, error: type[Exception]
 ) -> None:
     """Time-out is unknown for whatever changes something (thesis 6.3)."""
     cluster.faults.extend([Fault.DONE_AND_SILENT] * 10)
@@ -482,19 +586,16 @@ def test_batch_when_some_fail_then_errors_stand_in_their_place(client: KVStoreCl
 def test_batch_when_the_connection_breaks_then_each_request_is_judged_for_itself(
     cluster: FakeCluster, client: KVStoreClient
 ) -> None:
-    """Answered: kept. Repeatable: sent again. Any other after the break: unknown, and not sent."""
+    """Refused, done without an answer, or never seen: in the end each is done once."""
     client.ping()
     cluster.faults.extend([BusyError("wait"), Fault.DONE_AND_DROPPED])
 
-    first, second, third, fourth = client.execute_many(
+    replies = client.execute_many(
         [["SET", "a", "1"], ["INCR", "n"], ["INCR", "n"], ["SET", "b", "1"]]
     )
 
-    assert first == OK
-    assert isinstance(second, OutcomeUnknownError)
-    assert isinstance(third, OutcomeUnknownError)
-    assert fourth == OK
-    assert cluster.done == {"INCR": 1, "SET": 2}
+    assert replies == [OK, 1, 2, OK]
+    assert cluster.done == {"INCR": 2, "SET": 2}
 
 
 @pytest.mark.slow
