@@ -6,7 +6,7 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-all bench
+.PHONY: help check test test-all bench soak
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -24,3 +24,6 @@ test-all:  ## every test, on real processes too
 
 bench:  ## this cluster, etcd and Redis under the same load
 	$(PYTHON) -m benchmarks.compare --json benchmarks/results/compare.json --plot docs/benchmarks.svg
+
+soak:  ## half an hour of mixed load: does anything grow?
+	$(PYTHON) -m benchmarks.soak --json benchmarks/results/soak.json --plot docs/soak.svg

@@ -221,8 +221,8 @@ class ClusterManager:
     def start(self, report: Report = print, progress: Report = _nothing) -> None:
         """Start what does not run, and wait until all are voters that answer.
 
-        Raises ManagerError with the reason. Then what it had started is stopped; except where
-        there was a cluster already and it has a majority without the node that failed.
+        Raises ManagerError with the reason. What it had started for a new cluster is stopped then;
+        nodes of a cluster that has data are left running, but for one that failed.
         """
         with self._local.exclusively():
             self._start_locked(report, progress)
@@ -263,12 +263,16 @@ class ClusterManager:
         except ManagerError as error:
             if isinstance(error, NodeError):
                 self._processes.end([error.node], _nothing)
-            if founding or not self._has_majority(deadline, progress):
+            if founding:
                 self._processes.end(started, _nothing)
                 raise
-            raise ManagerError(f"{error}\nA majority of the nodes runs, and is left so.") from error
+            left = "What runs is left so: --action status shows it, --action stop ends it."
+            if self._has_majority(deadline, progress):
+                left = "A majority of the nodes runs, and is left so."
+            raise ManagerError(f"{error}\n{left}") from error
         except BaseException:
-            self._processes.end(started, _nothing)
+            if founding:
+                self._processes.end(started, _nothing)
             raise
         report("Cluster started successfully!")
 

@@ -221,7 +221,7 @@ class NodeStatus:
     memory_bytes: int | None = None
     cpu_percent: float | None = None
     uptime_seconds: float | None = None
-    voter: bool = False
+    voter: bool | None = None  # None: there is no primary that would tell
     follows: bool = False  # it is a voter, and of the primary's term
     learner: bool = False  # it is to stay one
     removed: bool = False  # it was a member, and is none any more
@@ -313,20 +313,21 @@ def summarize(
 ) -> ClusterStatus:
     """What was seen of the nodes, completed by what ``primary`` says of them."""
     rows, following = [], 0
-    voters = {member.member_id for member in members if member.voter}
+    voters = sum(member.voter for member in members)
     shares = {member.member_id: member.snapshot for member in members}
     for node in nodes:
         node = replace(node, installing=shares.get(node.member_id or ""))
+        if primary and node.cluster_id in (None, primary.cluster_id):
+            node = replace(node, voter=_is_voter(node, members))
         if primary and node.cluster_id:
             node = _judge(node, primary, members)
         if primary and node.applied_index is not None and not node.problem:
             behind = (primary.commit_index or 0) - node.applied_index
-            voter = node.member_id in voters
-            follows = voter and node.term == primary.term
-            node = replace(node, lag=max(0, behind), voter=voter, follows=follows)
+            follows = bool(node.voter) and node.term == primary.term
+            node = replace(node, lag=max(0, behind), follows=follows)
             following += follows
         rows.append(node)
-    majority = len(voters) // 2 + 1
+    majority = voters // 2 + 1
     return ClusterStatus(
         healthy=following >= majority,
         primary=primary.node_id if primary else None,
@@ -334,6 +335,17 @@ def summarize(
         cluster_id=primary.cluster_id if primary else None,
         nodes=tuple(rows),
         members=tuple(members),
+    )
+
+
+def _is_voter(node: NodeStatus, members: Sequence[Member]) -> bool:
+    """Whether it has a vote; one that is down keeps it."""
+    return any(
+        member.voter
+        for member in members
+        if (
+            member.member_id == node.member_id if node.member_id else member.node_id == node.node_id
+        )
     )
 
 
@@ -367,7 +379,7 @@ def picture(status: ClusterStatus) -> Group:
         table.add_row(
             node.node_id,
             _state(node),
-            "yes" if node.voter else "no",
+            "-" if node.voter is None else "yes" if node.voter else "no",
             *("-" if number is None else str(number) for number in (*numbers, node.port, node.pid)),
             "-" if node.memory_bytes is None else f"{node.memory_bytes / 1024**2:.1f} MiB",
             "-" if node.cpu_percent is None else f"{node.cpu_percent:.1f} %",

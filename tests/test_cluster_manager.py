@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -177,6 +178,31 @@ def test_start_when_it_fails_then_only_what_it_started_is_stopped(cluster: Clust
     assert "node3 exited with status 3" in done.stderr
     assert "line 19" in done.stderr
     assert cluster.running() == ["node1", "node2"]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_start_when_a_cluster_is_brought_back_too_slowly_then_its_nodes_are_left_to_it(
+    cluster: Cluster, make, monkeypatch, interrupted: bool
+):
+    """Replaying a long log takes its time, and an end would cost those that run their majority."""
+    cluster.begin()
+    cluster.end()
+    monkeypatch.setenv("FAKE_BEHIND", "node3")
+    hasty = make(start_timeout_s=2.0)
+    error: type[BaseException] = ManagerError
+
+    def interrupt(line: str) -> None:
+        if "node3" in line:
+            raise KeyboardInterrupt
+
+    if interrupted:
+        error = KeyboardInterrupt
+    with pytest.raises(error):
+        hasty.start(print, interrupt if interrupted else print)
+
+    assert hasty.running() == ["node1", "node2", "node3"]
 
 
 @pytest.mark.slow
@@ -547,6 +573,14 @@ def test_summary_when_a_node_is_of_another_cluster_then_it_does_not_count():
     assert status.nodes[2].problem == "belongs to another cluster, x"
     assert not status.nodes[2].voter
     assert status.failures_tolerated == 0
+
+
+def test_summary_when_a_voter_is_down_then_it_still_has_its_vote():
+    """And of who votes where there is no primary nothing is known."""
+    down = replace(seen("node3"), alive=False, cluster_id=None, member_id=None, applied_index=None)
+
+    assert summary(seen("node1", "PRIMARY"), seen("node2"), down).nodes[2].voter
+    assert summary(seen("node1"), seen("node2")).nodes[0].voter is None
 
 
 def test_summary_when_voters_are_missing_then_the_majority_is_of_all_voters():
