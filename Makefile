@@ -6,7 +6,7 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-all bench soak
+.PHONY: help check test test-all bench soak fuzz
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -21,6 +21,10 @@ test:  ## the fast tests: no server processes
 
 test-all:  ## every test, on real processes too
 	$(PYTHON) -m pytest
+
+SECONDS ?= 300
+fuzz:  ## changed bytes at every door, for five minutes or SECONDS=60
+	$(PYTHON) -m tests.fuzz --seconds $(SECONDS)
 
 bench:  ## this cluster, etcd and Redis under the same load
 	$(PYTHON) -m benchmarks.compare --json benchmarks/results/compare.json --plot docs/benchmarks.svg

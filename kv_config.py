@@ -378,7 +378,7 @@ def _from_file(path: Path) -> dict[str, _Raw]:
         document: Mapping[str, object] = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"--config: cannot read {path}: {error.strerror}") from error
-    except ValueError as error:  # not TOML, or not UTF-8
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, or nested without end
         raise ConfigError(f"--config: {path} is not a TOML file: {error}") from error
     rows = {row.name: row for row in SETTINGS if row.name != "config"}
     found: dict[str, _Raw] = {}
@@ -394,12 +394,16 @@ def _from_file(path: Path) -> dict[str, _Raw]:
 
 def _toml_text(row: Setting, value: object, origin: str) -> str:
     """The TOML value as one would type it after the flag."""
+    try:
+        shown = repr(value)
+    except ValueError as error:  # more digits than Python writes; hexadecimal, so it could be read
+        raise ConfigError(f"{origin}: a number of that size is no setting") from error
     fits = type(value) in row.toml  # not isinstance: True is an int to Python
     if fits and isinstance(value, list):
         fits = all(isinstance(item, str) for item in value)
     if not fits:
         wanted = " or ".join(_TYPE_NAMES[kind] for kind in row.toml)
-        raise ConfigError(f"{origin} must be {wanted}, not {value!r}")
+        raise ConfigError(f"{origin} must be {wanted}, not {shown}")
     if isinstance(value, list):
         return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -448,10 +452,10 @@ def _build(values: _Values) -> Settings:
         peer_port=values.get_or("peer-port", _port, port + PEER_PORT_OFFSET),
         primary=values.get("primary", _boolean),
         join=tuple(address for address in join if address != (advertise_host, port)),
-        data_dir=values.get_or("data-dir", Path, home / node_id),
+        data_dir=values.get_or("data-dir", _path, home / node_id),
         in_memory=in_memory,
         learner=values.get("learner", _boolean),
-        restore_from=values.get_or("restore-from", Path, None),
+        restore_from=values.get_or("restore-from", _path, None),
         replication=values.get("replication", _one_of(REPLICATIONS)),
         fsync=values.get("fsync", _one_of(FSYNCS)),
         read_mode=values.get("read-mode", _one_of(READ_MODES)),
@@ -541,6 +545,12 @@ def _node_id(text: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
         raise ValueError("expected 1 to 64 letters, digits, dots, dashes or underscores")
     return text
+
+
+def _path(text: str) -> Path:
+    if "\0" in text:
+        raise ValueError("expected a path")
+    return Path(text)
 
 
 def _host(text: str) -> str:

@@ -229,7 +229,10 @@ def _stop_reading(sock: socket.socket) -> None:
 
 def _close_gently(sock: socket.socket) -> None:
     """Let the client read the error before the reset that closing on unread bytes would send."""
-    sock.shutdown(socket.SHUT_WR)
+    try:
+        sock.shutdown(socket.SHUT_WR)
+    except OSError:
+        return  # it went away by a reset of its own: ENOTCONN, which is no ConnectionError
     _set_stall(sock, socket.SO_RCVTIMEO, 1)
     unread_bytes = 1024 * 1024
     while unread_bytes > 0 and (data := sock.recv(RECEIVE_BYTES)):

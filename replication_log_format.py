@@ -129,7 +129,11 @@ def decode_segment_header(path: Path, data: bytes) -> SegmentHeader:
         raise UnknownFormatError(path, version)
     _magic, _version, *fields, term, vote, _crc = _SEGMENT_HEADER.unpack_from(data)
     sequence, begins_anew, first_index, base_term = fields
-    hard_state = HardState(term, vote.decode() or None)
+    try:
+        voted_for = vote.decode() or None
+    except UnicodeDecodeError as error:
+        raise CorruptLogError(path, 0, f"the vote is no member's id: {error}") from error
+    hard_state = HardState(term, voted_for)
     header = SegmentHeader(sequence, bool(begins_anew), first_index, base_term, hard_state)
     named = _SEGMENT_NAME.fullmatch(path.name)
     if named is None or (sequence, first_index) != tuple(int(x, 16) for x in named.groups()):

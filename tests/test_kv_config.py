@@ -182,6 +182,10 @@ def test_environment_when_a_variable_is_empty_then_counts_as_unset():
         ("config = 'other.toml'", "unknown setting 'config'"),
         ("node-id = 'a'\nnode_id = 'b'", "'node-id' stands there twice"),
         ("port = ", "is not a TOML file"),
+        ("max-clients = 0x" + "f" * 4000, "max-clients: a number of that size is no setting"),
+        ("primary = 0x" + "f" * 4000, "primary: a number of that size is no setting"),
+        ("join = " + "[" * 5000, "is not a TOML file"),
+        (r'data-dir = "a\u0000b"', "data-dir: expected a path"),
         ("port = 70000", "port: expected a port from 1 to 65535, not '70000'"),
     ],
 )

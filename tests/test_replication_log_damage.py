@@ -448,6 +448,19 @@ def test_open_when_whole_records_make_no_log_then_refused(tmp_path: Path) -> Non
     assert recover(tmp_path).last_index == 3
 
 
+def test_open_when_a_segments_vote_is_no_text_then_refused(tmp_path: Path) -> None:
+    """A right checksum over nonsense is refused in words, as every other flaw (found by fuzzing)."""
+    write_log(tmp_path, entries(1, 2))
+    segment = segments(tmp_path)[0]
+    data = segment.read_bytes()
+    fields = data[: replication_log_format.SEGMENT_HEADER_BYTES - 4]
+    wrong = fields[:-64] + b"\x01\xf4" + bytes(62)
+    segment.write_bytes(replication_log_format._sealed(wrong) + data[len(wrong) + 4 :])
+
+    with pytest.raises(CorruptLogError, match="no member's id"):
+        recover(tmp_path)
+
+
 @pytest.mark.parametrize(("version", "fields_bytes"), [(1, 16), (3, 100)])
 def test_open_when_written_by_another_version_then_told_to_use_that(
     tmp_path: Path, version: int, fields_bytes: int
