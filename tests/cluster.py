@@ -23,7 +23,7 @@ from typing import Any, Final, Self, TypeVar
 
 import psutil
 
-from cluster_manager import ClusterManager
+from cluster_manager import SERVER_SCRIPT, ClusterManager
 from cluster_nodes import Node
 from kv_client import KVStoreClient
 from kv_config import Address, format_address
@@ -149,9 +149,13 @@ def ask(address: Address, line: str, timeout_s: float = ANSWER_S) -> Answer:
 class Cluster:
     """Nodes that are all voters when the ``with`` block begins."""
 
-    def __init__(self, *server_args: str, nodes: int = 3) -> None:
+    def __init__(
+        self, *server_args: str, nodes: int = 3, server_script: Path = SERVER_SCRIPT
+    ) -> None:
         self.directory = Path(tempfile.mkdtemp(prefix="kv-cluster-"))
-        self.manager = ClusterManager(nodes, None, self.directory / "data", server_args)
+        self.manager = ClusterManager(
+            nodes, None, self.directory / "data", server_args, server_script=server_script
+        )
         self._suspended: set[str] = set()
 
     def __enter__(self) -> Self:
