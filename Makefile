@@ -6,7 +6,7 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-all bench soak fuzz crash-points
+.PHONY: help check test test-all bench soak fuzz crash-points power-loss
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -28,6 +28,10 @@ fuzz:  ## changed bytes at every door, for five minutes or SECONDS=60
 
 crash-points:  ## a node dies at every step between two things it does to its disk
 	KV_TEST_EVERY_POINT=1 $(PYTHON) -m pytest tests/test_crash_points.py -v
+
+ROUNDS ?= 100
+power-loss:  ## real nodes lose what was not synced, ROUNDS=100 times
+	KV_TEST_ROUNDS=$(ROUNDS) $(PYTHON) -m pytest tests/test_power_loss.py -v --timeout 0
 
 bench:  ## this cluster, etcd and Redis under the same load
 	$(PYTHON) -m benchmarks.compare --json benchmarks/results/compare.json --plot docs/benchmarks.svg
