@@ -113,7 +113,7 @@ def main() -> int:
         manager.stop(report=silent)
         shutil.rmtree(directory)
     if args.json:
-        args.json.write_text(json.dumps(asdict(results), indent=1) + "\n")
+        args.json.write_text(json.dumps(asdict(results)) + "\n")
     if args.plot:
         plot(results, args.plot)
     grown = [
@@ -140,11 +140,11 @@ def soak(manager: ClusterManager, seconds: float, say: Callable[[str], None]) ->
     begin_s = time.monotonic()
     while (now_s := time.monotonic() - begin_s) < seconds:
         time.sleep(SAMPLE_S)
-        results.seconds.append(now_s)
+        results.seconds.append(round(now_s, 1))
         for status in manager.status().nodes:
             look(manager, status.node_id, status.pid, results.nodes[status.node_id])
         latencies_s = _take_latencies(writers)
-        results.p99_ms.append(percentile(latencies_s, 0.99) * 1000)
+        results.p99_ms.append(round(percentile(latencies_s, 0.99) * 1000, 2))
         before, first_index = first_index, _first_index(manager)
         results.cuts += first_index > before
         memory_mib = max(series["memory MiB"][-1] for series in results.nodes.values())
@@ -187,7 +187,7 @@ def look(manager: ClusterManager, node_id: str, pid: int | None, series: Series)
         sum(file.st_blocks * 512 for file in files) / 2**20,
     )
     for measure, value in zip(MEASURES, values, strict=True):
-        series[measure].append(value)
+        series[measure].append(round(value, 2))
 
 
 def _check_counters(nodes: Sequence[str], writers: Sequence[Writer]) -> None:
