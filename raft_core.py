@@ -840,7 +840,7 @@ class RaftCore:
     def _propose_membership(self, membership: Membership) -> int:
         if self.role is not Role.LEADER:
             raise NotLeaderError
-        if not self._may_change_membership or self.transfer_target is not None:
+        if not self._may_change_membership:
             raise MembershipChangeRefusedError("another change is under way; try again")
         if objection := self._followers.objection_to(membership, self._now_ticks):
             raise MembershipChangeRefusedError(objection)
@@ -851,21 +851,15 @@ class RaftCore:
         # One at a time, and none before an entry of the own term is committed: without it two
         # leaders could use majorities that do not meet (thesis 4.1, raft-traps T61).
         is_settled = self._memberships.latest_index <= self.commit_index
-        return self.committed_in_own_term and is_settled
+        return self.committed_in_own_term and is_settled and self.transfer_target is None
 
     @property
     def is_removed(self) -> bool:
-        """Whether this server was a member and, by a committed change, is none any more."""
-        return not self._has_vote and self._memberships.is_removed(self.commit_index)
+        """Whether this server was a member and, by a committed change, is none any more.
 
-    def admitted_at(self, index: int) -> None:
-        """By the committed entry ``index`` this server is a member: a founder, or told when it joined.
-
-        It knows so itself once it has that entry, and knows it committed. But it may be removed
-        before, or restart with nothing but a state from after its removal; then only this tells it
-        from a server that is not added yet. So the driver keeps it and says it at each start.
+        One that never got the entry that added it can't know: its driver asks the others.
         """
-        self._memberships.admitted_index = index
+        return not self._has_vote and self._memberships.is_removed(self.commit_index)
 
     def take_dropped(self) -> list[Member]:
         """The learners that this leader has given up since the last call."""

@@ -2,17 +2,21 @@
 
 Rule: no thread, socket or clock, and no choice that is left to chance: who wants chance passes it.
 
-Used by ``test_raft_core.py`` and ``test_raft_scenarios.py``, and by the simulator ``sim_raft.py``.
+Used by ``test_raft_core.py`` and ``test_raft_scenarios.py``, and by the simulated cluster of ``sim_cluster.py``.
 """
 
 from __future__ import annotations
 
+import ast
 import random
 import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple
 
+from kv_commands import decode_payload
+from kv_store import Flush, KeyRow, KeyValueStore, SessionRow, Slice, Table
 from raft_core import EntriesOnDisk, RaftCore, SnapshotDue
 from raft_log import WINDOW_BYTES_MAX, RaftLog, entry_bytes
 from raft_types import (
@@ -35,8 +39,6 @@ from raft_types import (
     TimeoutNow,
     VoteReply,
     VoteRequest,
-    decode_entries,
-    encode_entries,
 )
 
 CONFIG = RaftConfig(heartbeat_ticks=3, election_ticks_min=10, election_ticks_max=20)
@@ -71,26 +73,68 @@ def runs_of(entries: Sequence[Entry]) -> list[tuple[int, int]]:
 # ---- The disk, and states on their way from one to another --------------------------------------
 
 
+Rows = Mapping[bytes | int, KeyRow | SessionRow]
+
+
+class StoredRows(NamedTuple):
+    """A store's rows as flushes have left them on a disk, and what is compared when they are loaded."""
+
+    last_stamp_ms: int = 0
+    state_hash: int = 0
+    keys: Rows = MappingProxyType({})
+    sessions: Rows = MappingProxyType({})
+
+    def with_slices(self, flush: Flush, slices: Iterable[Slice]) -> StoredRows:
+        """These rows after that flush."""
+        keys, sessions = dict(self.keys), dict(self.sessions)
+        for part in slices:
+            table = keys if part.table is Table.KEY else sessions
+            if part.clear:
+                table.clear()
+            table.update((row[0], row) for row in part.rows)
+            for key in part.gone:
+                table.pop(key, None)
+        return StoredRows(flush.last_stamp_ms, flush.state_hash, keys, sessions)
+
+    def load(self, applied_index: int) -> KeyValueStore:
+        """The store that these rows are of."""
+        rows = self.keys.values(), self.sessions.values()
+        return KeyValueStore.load(applied_index, self.last_stamp_ms, *rows)  # type: ignore[arg-type]
+
+    def encode(self) -> bytes:
+        """As the bytes that travel."""
+        keys, sessions = [*self.keys.values()], [*self.sessions.values()]
+        return repr((self.last_stamp_ms, self.state_hash, keys, sessions)).encode()
+
+    @classmethod
+    def decode(cls, data: bytes) -> StoredRows:
+        """The inverse of ``encode``."""
+        last_stamp_ms, state_hash, keys, sessions = ast.literal_eval(data.decode())
+        by_key, by_id = {row[0]: row for row in keys}, {row[0]: row for row in sessions}
+        return cls(last_stamp_ms, state_hash, by_key, by_id)
+
+
 # CRC32 of what follows, three numbers, and the length of the membership.
 _STATE_HEADER = struct.Struct(">IQQQI")
 
 
 class SimState(NamedTuple):
-    """A state: all the entries that have led to it, so that none is lost or invented unseen."""
+    """A state: what it says of the log, a store's rows, and for the checks what has led to it."""
 
     snapshot: Snapshot
-    entries: tuple[Entry, ...]
+    entries: tuple[Entry, ...]  # all from the first on, so that none is lost or invented unseen
+    rows: StoredRows = StoredRows()
 
     def encode(self) -> bytes:
-        """As the bytes that travel."""
+        """As the bytes that travel; the entries do not."""
         index, term, membership, membership_index = self.snapshot
         members = membership.encode()
         head = _STATE_HEADER.pack(0, index, term, membership_index, len(members))[4:]
-        body = head + members + encode_entries(self.entries)
+        body = head + members + self.rows.encode()
         return struct.pack(">I", zlib.crc32(body)) + body
 
     @classmethod
-    def decode(cls, data: bytes) -> SimState:
+    def decode(cls, data: bytes, entries: tuple[Entry, ...]) -> SimState:
         """The inverse of ``encode``. Raises ValueError for bytes that are not a whole state."""
         crc, index, term, membership_index, length = _STATE_HEADER.unpack_from(data)
         if zlib.crc32(data[4:]) != crc:
@@ -98,7 +142,7 @@ class SimState(NamedTuple):
         end = _STATE_HEADER.size + length
         members = Membership.decode(data[_STATE_HEADER.size : end])
         snapshot = Snapshot(index, term, members, membership_index)
-        return cls(snapshot, tuple(decode_entries(data, end)))
+        return cls(snapshot, entries, StoredRows.decode(data[end:]))
 
 
 class SimDisk:
@@ -112,7 +156,6 @@ class SimDisk:
         # The founding membership stands as if before the first entry; it has no members for a
         # server that joins later.
         self.state = SimState(Snapshot(0, 0, founding, 0), ())
-        self.admitted_index: int | None = None  # what the cluster answered when asked to be added
 
     # ---- What the driver does ----
 
@@ -193,12 +236,9 @@ class SimDisk:
             window_bytes_max=window_bytes_max,
         )
         memberships = [(membership_index, members), *(c for c in changes if c[0] > index)]
-        core = RaftCore(
+        return RaftCore(
             member_id, config, log, self.hard_state, memberships, rng, commit_index=index
         )
-        if self.admitted_index is not None:
-            core.admitted_at(self.admitted_index)
-        return core
 
     # ---- What a test wants to know ----
 
@@ -209,6 +249,19 @@ class SimDisk:
             return term == self.base[1]
         place = index - self.base[0] - 1
         return place < len(self.entries) and self.entries[place].term == term
+
+    def found_at(self, index: int) -> Entry | None:
+        """The entry of this index that a restart would find, in the state or in the log."""
+        if index > self.base[0] and self._log_holds_state():
+            place = index - self.base[0] - 1
+            return self.entries[place] if place < len(self.entries) else None
+        return self.state.entries[index - 1] if 0 < index <= len(self.state.entries) else None
+
+    def found_last_index(self) -> int:
+        """The index of the last of them."""
+        if not self._log_holds_state():
+            return len(self.state.entries)
+        return self.base[0] + len(self.entries)
 
     def found(self) -> list[Entry]:
         """Every entry from the first on that a restart would find, in the state or in the log."""
@@ -243,8 +296,10 @@ class Receiving:
         self._snapshot_id = 0
         self._data = b""
 
-    def take(self, chunk: SnapshotChunk) -> tuple[int, SnapshotOutcome] | SimState:
-        """What to answer, or the state once it is complete."""
+    def take(
+        self, chunk: SnapshotChunk, entries: tuple[Entry, ...]
+    ) -> tuple[int, SnapshotOutcome] | SimState:
+        """What to answer, or the state once it is complete; ``entries`` have led to it."""
         if chunk.offset == 0 and chunk.snapshot_id != self._snapshot_id:
             self._snapshot_id, self._data = chunk.snapshot_id, b""
         if chunk.snapshot_id != self._snapshot_id:
@@ -253,7 +308,7 @@ class Receiving:
             self._data += chunk.data
             if chunk.is_last:
                 data, self._data, self._snapshot_id = self._data, b"", 0
-                return SimState.decode(data)
+                return SimState.decode(data, entries)
         return len(self._data), SnapshotOutcome.MORE
 
 
@@ -369,10 +424,20 @@ def terms(core: RaftCore) -> list[int]:
     return [core.log.term_at(i) for i in range(core.log.first_index, core.log.last_index + 1)]
 
 
+def describe_command(data: bytes) -> str:
+    """The words of a payload, under its serial if it has one; other bytes as they are."""
+    try:
+        _, argv, once = decode_payload(data)
+    except ValueError:
+        return data.decode(errors="replace")
+    words = "_".join(word.decode(errors="replace") for word in argv)
+    return f"{words}@{once[0]}#{once[1]}" if once else words
+
+
 def describe_entry(entry: Entry) -> str:
     """An entry as index.term and what it carries."""
     if entry.kind is EntryKind.COMMAND:
-        carried = entry.data.decode(errors="replace")
+        carried = describe_command(entry.data)
     elif entry.kind is EntryKind.NOOP:
         carried = "no-op"
     else:

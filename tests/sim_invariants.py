@@ -14,10 +14,12 @@ I7   applied <= committed <= last index; terms in a log never decrease
 I8   a leader only appends
 I9   what a message promises is on its sender's disk when it leaves
 I10  what a leader commits is on the disks of a majority at that instant
+I13  equal applied index, equal state hash, on all servers that ever apply it
+I14  what changes a key gives it the entry's index as its version
 Besides these: paper 5.4.1, 5.4.2 and section 7 (a state holds what was committed up to its index,
 no more, no less), thesis 4.1 (membership) and 6.4 (reads).
 
-Called by ``sim_raft.py``, which makes up the weather.
+Called by ``sim_cluster.py``. What clients may see is checked by ``sim_clients.py``.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Protocol
 
+from kv_commands import decode_payload
+from kv_store import KeyRow, _key_row
 from raft_core import RaftCore
 from raft_types import (
     AppendEntries,
@@ -44,10 +48,13 @@ from raft_types import (
 from tests.raft_servers import SimDisk, SimState, describe_entry
 
 EVERYTHING_BYTES = 1 << 30
+ACKNOWLEDGED_LOOKED_AT = 100
 
 
 class ViolationError(AssertionError):
     """The cluster did what Raft forbids."""
+
+    step = 0  # of the history
 
 
 class Watched:
@@ -62,7 +69,9 @@ class Watched:
         self.term = core.term
         self.role = core.role
         self.commit_index = core.commit_index
-        self.applied = list(disk.state.entries)  # the state machine
+        self.applied = list(disk.state.entries)  # what has led to the store's state
+        self.store = disk.state.rows.load(disk.state.snapshot.index)
+        self.row_before: KeyRow | None = None  # of what is being applied
         self.truncated_count = 0
         self.match: dict[MemberId, int] = {}
 
@@ -79,6 +88,13 @@ class Watched:
         return len(self.applied)
 
 
+def _first_row(server: Watched, entry: Entry) -> KeyRow | None:
+    """The row of the first key that the command names."""
+    _, argv, _ = decode_payload(entry.data)
+    store = server.store
+    return _key_row(store._values, store._versions, store._deadlines, argv[1])
+
+
 class Cluster(Protocol):
     """Who is up now; the invariants need no more of the simulation."""
 
@@ -92,9 +108,11 @@ class Cluster(Protocol):
 class Invariants:
     """What is known of the whole cluster since the beginning."""
 
-    def __init__(self, cluster: Cluster, founders: Iterable[MemberId]) -> None:
+    def __init__(
+        self, cluster: Cluster, founders: Iterable[MemberId], counts: Counter[str]
+    ) -> None:
         self._cluster = cluster
-        self.counts: Counter[str] = Counter()  # what has happened, so that a test can ask for it
+        self.counts = counts
         self.committed: list[Entry] = []
         self.removed: set[MemberId] = set()  # by a committed change
         self._members = set(founders)  # by the last one
@@ -105,7 +123,8 @@ class Invariants:
         self._known: dict[tuple[int, int], tuple[Entry, int]] = {}
         # Requests that came with a log as good as the receiver's, and were not granted yet.
         self._grantable: Counter[tuple[MemberId, MemberId, int, bool]] = Counter()
-        self._sent_index: dict[int, int] = {}  # of the state, by the id of the transfer
+        self._sent: dict[int, tuple[Entry, ...]] = {}  # led to the state, by the transfer's id
+        self._hashes: dict[int, int] = {}  # of the state after each entry
         self._reads: dict[int, int] = {}  # committed anywhere when it was asked, by token
 
     @staticmethod
@@ -244,7 +263,7 @@ class Invariants:
                 self.require(has, f"I3: later leader {other.name} lacks {describe_entry(entry)}")
 
     def _has_synced(self, member_id: MemberId, entry: Entry) -> bool:
-        return self._cluster.disk_of(member_id).found()[entry.index - 1 : entry.index] == [entry]
+        return self._cluster.disk_of(member_id).found_at(entry.index) == entry
 
     # ---- What goes in and out ------------------------------------------------------------------
 
@@ -272,7 +291,7 @@ class Invariants:
                 self._on_acknowledge(server, message)
             case SnapshotReply(outcome=SnapshotOutcome.INSTALLED):
                 self.counts["snapshots installed"] += 1
-                held, index = len(server.disk.found()), self._sent_index[message.snapshot_id]
+                held, index = server.disk.found_last_index(), len(self._sent[message.snapshot_id])
                 self.require(
                     held >= index, f"I9: {server.name} says it has {index}, its disk ends at {held}"
                 )
@@ -301,25 +320,52 @@ class Invariants:
     def _on_acknowledge(self, server: Watched, message: AppendReply) -> None:
         if server.disk.hard_state.term > message.term:
             return  # since replaced by a later leader, who can only be one that has what counts
-        held = server.disk.found()
+        count, disk = message.match_index, server.disk
+        held = disk.found_last_index()
         self.require(
-            len(held) >= message.match_index,
-            f"I9: {server.name} acknowledges {message.match_index}, its disk ends at {len(held)}",
+            held >= count,
+            f"I9: {server.name} acknowledges {count}, its disk ends at {held}",
         )
         leader = next((s for s in self._cluster.running() if s.name == message.to), None)
         if leader and leader.core.role is Role.LEADER and leader.core.term == message.term:
-            count = message.match_index
+            # Of a long log not everything each time: what is further back was looked at before.
+            recent = range(max(0, count - ACKNOWLEDGED_LOOKED_AT), count)
             self.require(
-                held[:count] == leader.log[:count],
+                all(disk.found_at(place + 1) == leader.log[place] for place in recent),
                 f"I9: what {server.name} acknowledges is not the leader's log",
             )
 
-    def on_apply(self, server: Watched, entry: Entry) -> None:
-        """An entry reaches a state machine."""
+    def on_start(self, server: Watched) -> None:
+        """A server has loaded its state."""
+        if server.applied_index:
+            self._compare_hash(server, server.applied_index, server.store.state_hash)
+
+    def before_apply(self, server: Watched, entry: Entry) -> None:
+        """An entry is about to reach a state machine."""
         self.require(entry.index == server.applied_index + 1, "I7: applied out of order")
         self.require(self.committed[entry.index - 1] == entry, f"I4: {server.name} applies another")
-        server.applied.append(entry)
         self.require(entry.index <= server.core.commit_index, "I7: applied before committed")
+        server.applied.append(entry)
+
+        if entry.kind is EntryKind.COMMAND:
+            server.row_before = _first_row(server, entry)
+
+    def after_apply(self, server: Watched, entry: Entry) -> None:
+        """The state machine has applied the entry."""
+        self._compare_hash(server, entry.index, server.store.state_hash)
+        if entry.kind is EntryKind.COMMAND:
+            row = _first_row(server, entry)
+            self.require(
+                row in (None, server.row_before) or row[1] == entry.index,
+                f"I14: {describe_entry(entry)} makes of {server.row_before} {row}",
+            )
+
+    def _compare_hash(self, server: Watched, index: int, state_hash: int) -> None:
+        known = self._hashes.setdefault(index, state_hash)
+        self.require(
+            known == state_hash,
+            f"I13: {server.name} has {state_hash:x} at {index}, another had {known:x}",
+        )
 
     # ---- States (paper section 7) --------------------------------------------------------------
 
@@ -335,10 +381,21 @@ class Invariants:
             (membership_index, membership) == (last.index, Membership.decode(last.data)),
             f"section 7: {server.name}'s state at {index} has another membership",
         )
+        self._check_rows(server, state)
+
+    def _check_rows(self, server: Watched, state: SimState) -> None:
+        """The rows are the store's as it was at that index."""
+        store = state.rows.load(state.snapshot.index)
+        self._compare_hash(server, state.snapshot.index, state.rows.state_hash)
+        self._compare_hash(server, state.snapshot.index, store.recompute_state_hash())
 
     def on_open(self, snapshot_id: int, state: SimState) -> None:
         """A transfer of this state begins."""
-        self._sent_index[snapshot_id] = state.snapshot.index
+        self._sent[snapshot_id] = state.entries
+
+    def entries_of(self, snapshot_id: int) -> tuple[Entry, ...]:
+        """What has led to the state of this transfer."""
+        return self._sent[snapshot_id]
 
     def on_restore(self, server: Watched, state: SimState) -> None:
         """The core has just been told of a state that was installed here."""
@@ -351,6 +408,7 @@ class Invariants:
         server.truncated_count = server.core.truncated_count
         if index > server.applied_index:
             server.applied = list(state.entries)
+            server.store.adopt(state.rows.load(index))
 
     # ---- Linearizable reads (thesis 6.4) -------------------------------------------------------
 

@@ -5,7 +5,6 @@ Stories: ``scenarios/learner*.txt`` and ``scenarios/removal*.txt``.
 
 from __future__ import annotations
 
-import random
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,6 @@ from raft_types import (
     AppendEntries,
     Entry,
     EntryKind,
-    HardState,
     Member,
     Membership,
     Role,
@@ -28,7 +26,6 @@ from raft_types import (
 )
 from tests.raft_servers import (
     CONFIG,
-    SimDisk,
     acknowledge,
     appends,
     elect,
@@ -177,6 +174,21 @@ def test_learner_is_promoted_once_a_round_took_less_than_a_timeout() -> None:
 
     assert core.membership == membership("abcd")
     assert core.log.last_index == before + 1
+
+
+def test_learner_waits_for_its_vote_while_the_leadership_is_handed_over() -> None:
+    """No change is proposed then: the refusal once ended the leader's process."""
+    core = leader_with_learner()
+    core.transfer_to("b")
+    acknowledge(core, "b", "c", "d")
+
+    core.tick()
+    assert core.membership == membership("abc", "d")
+    for _ in range(CONFIG.election_ticks_min):  # b does not take over
+        acknowledge(core, "b", "c", "d")
+        core.tick()
+
+    assert core.membership == membership("abcd")
 
 
 def test_learner_that_does_not_answer_is_not_promoted() -> None:
@@ -779,24 +791,6 @@ def test_server_that_is_not_yet_added_is_not_removed() -> None:
     assert not fresh.is_removed
 
 
-def test_server_that_never_saw_its_admission_learns_its_removal_from_who_admitted_it() -> None:
-    """It was added and removed again while it was away: no entry that it has names it.
-
-    Source: raft-traps T65.
-    """
-    told, untold = server("d", ""), server("d", "")
-    told.admitted_at(5)
-    for core in (told, untold):
-        core.restore(Snapshot(4, 1, membership("abc"), 1))
-        assert not core.is_removed
-
-    for core in (told, untold):
-        core.restore(Snapshot(7, 1, membership("abc"), 6))
-
-    assert told.is_removed
-    assert not untold.is_removed
-
-
 def test_removal_that_is_not_committed_is_no_removal() -> None:
     """It may still be rolled back, and is.
 
@@ -836,17 +830,12 @@ def test_admission_that_was_rolled_back_is_none(by: str) -> None:
 
 
 def test_removal_is_known_after_the_log_that_told_it_was_compacted() -> None:
-    """And after a restart, if the driver kept what the cluster said when it joined."""
     core = server("c", log=[change(1, 1, membership("abc")), change(2, 1, membership("ab"))])
     replies(core, AppendEntries("a", "c", 1, 2, 1, (), 2, 1))
+
     core.compacted_to(3)
+
     assert core.is_removed
-
-    disk = SimDisk(membership("ab"))  # as of the state: c is in no membership
-    disk.write(HardState(1, None), log_of(1))
-    disk.admitted_index = 0
-
-    assert disk.start("c", CONFIG, random.Random(1)).is_removed
 
 
 def test_outsider_that_becomes_a_member_is_none_any_more() -> None:

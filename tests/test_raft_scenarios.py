@@ -83,6 +83,7 @@ class Stage:
         self.cuts: set[frozenset[str]] = set()
         self.trace: list[str] = []
         self.transfers = 0
+        self.sent_entries: dict[int, tuple[Entry, ...]] = {}
         self.silent = False  # events are told, messages are not
         self.sentences: list[tuple[str, Callable[..., None]]] = [
             (r"servers ([\w ]+)(, one entry a message)?(, little patience)?", self.found),
@@ -186,6 +187,7 @@ class Stage:
         """The whole state in two chunks."""
         core.snapshot_started(peer)
         self.transfers += 1
+        self.sent_entries[self.transfers] = server.disk.state.entries
         half = len(server.disk.state.encode()) // 2 + 1
         server.sending[peer] = Sending(self.transfers, core.term, server.disk.state, half)
         self.waiting.append(server.sending[peer].chunk(server.name, peer))
@@ -205,7 +207,8 @@ class Stage:
     def _take_chunk(self, server: Server, core: RaftCore, chunk: SnapshotChunk) -> None:
         if chunk.term != core.term:
             return
-        result = server.receiving.take(chunk)
+        entries = self.sent_entries[chunk.snapshot_id]
+        result = server.receiving.take(chunk, entries)
         if isinstance(result, SimState):
             server.received = (chunk, result)
             self._install(server, core)

@@ -1,0 +1,677 @@
+"""A cluster of nodes in a made-up world: cores, disks, stores, clients. One seed, one history.
+
+Rule 1: what a disk did not sync is lost in a crash, or kept, or kept in part, as chance will.
+Rule 2: after every step of every server the invariants are checked (``sim_invariants.py``).
+Rule 3: the driver's part is played as ``raft_node.py`` plays it, each of its threads an event.
+
+A run is a storm (``sim_faults.py``), then calm, in which the cluster must come to rest and every
+client get its answers, then one follower cut off and returned.
+
+Started by ``simulator.py``. Chance and time: ``sim_world.py``. Links: ``sim_network.py``. Who comes
+and goes: ``sim_members.py``. Who asks: ``sim_clients.py``.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from contextlib import nullcontext
+from itertools import chain, islice
+
+from kv_store import Flush, Slice
+from kv_types import Reply
+from raft_core import EntriesOnDisk, RaftCore, SnapshotDue
+from raft_types import (
+    Entry,
+    EntryKind,
+    HardState,
+    MemberId,
+    Membership,
+    Message,
+    RaftConfig,
+    Ready,
+    Role,
+    Snapshot,
+    SnapshotChunk,
+    SnapshotOutcome,
+    SnapshotReply,
+)
+from tests.raft_servers import Receiving, Sending, SimDisk, SimState, describe, membership
+from tests.sim_clients import WORKLOADS, Clients, Desk
+from tests.sim_faults import FAULTS, Faults
+from tests.sim_invariants import Invariants, Watched
+from tests.sim_members import Members
+from tests.sim_network import Network
+from tests.sim_world import CALM, NUISANCES, SimClock, World
+
+STEPS = 4000
+# What can be left out of a history.
+KINDS = (*FAULTS, *NUISANCES, *WORKLOADS, "joins")
+# After the storm, in the longest election timeouts: until there is a leader, until all is equal.
+LEADER_TIMEOUTS = 5
+REST_TIMEOUTS = 10
+CHUNK_RETRY_TICKS = 8
+CHUNK_RETRIES_MAX = 5
+UPKEEP_TICKS = 10
+
+
+def _config(rng: random.Random) -> RaftConfig:
+    return RaftConfig(
+        heartbeat_ticks=3,
+        election_ticks_min=10,
+        election_ticks_max=20,
+        dead_leader_ticks_min=1,
+        dead_leader_ticks_max=4,
+        append_bytes_max=rng.choice((1, 150, 1000)),  # 1: an entry a message
+        uncommitted_bytes_max=rng.choice((400, 100_000)),
+        learner_ticks_max=rng.choice((40, 6000)),
+    )
+
+
+def _founded(names: str) -> SimDisk:
+    """The disk of a founder: the log begins with the first membership."""
+    disk = SimDisk(Membership())
+    first = Entry(1, 1, EntryKind.MEMBERSHIP, membership(names).encode())
+    disk.write(HardState(1, None), [first])
+    return disk
+
+
+class SimServer(Watched):
+    """A server from its start to its crash, with the driver's threads as events."""
+
+    def __init__(
+        self, name: MemberId, core: RaftCore, disk: SimDisk, clock: SimClock, tick_length: float
+    ) -> None:
+        super().__init__(name, core, disk)
+        self.clock = clock
+        self.tick_length = tick_length  # its clock may be fast or slow
+        self.desk = Desk()
+        self.up = True
+        self.asleep_until = 0.0  # as under SIGSTOP
+        self.writing = False  # the log writer has a Ready and has not come back
+        self.unsynced: Ready | None = None  # what a crash would take
+        self.reading: set[MemberId] = set()  # followers for whom entries are read from the disk
+        self.sending: dict[MemberId, Sending] = {}
+        self.receiving = Receiving()
+        # How far a state received is; until it is in force this server's own must not be saved.
+        self.installing = ""
+        # What is being saved.
+        self.saving: Flush | None = None
+        self.disk_hangs_until = 0.0
+        self.writing_ticks = 0
+        self.is_distrusted = False  # its state machine differs from the others'
+        self.upkeep_ticks = 0
+        self.lonely_ticks = 0  # since it knew a leader
+
+
+class Simulation(World):
+    """One cluster's history."""
+
+    def __init__(
+        self,
+        seed: int,
+        trace: Callable[[str], None] | None = None,
+        *,
+        nodes: int | None = None,
+        without: Collection[str] = (),
+    ) -> None:
+        """``nodes``: founders, else as chance will; ``without``: of ``KINDS``, what never comes."""
+        super().__init__(seed, trace, without)
+        self.config = _config(self.rng)
+        self.window_bytes_max = self.rng.choice((0, 600, 100_000))
+        self.save_ticks = self.rng.choice((4, 15, 60, 1e9))  # the mean time between states saved
+        self.tail_entries = self.rng.choice((0, 3, 20))  # kept in the log though the state has them
+        self.chunk_bytes = self.rng.choice((200, 1000, 10_000))
+        drawn = self.rng.choice((1, 2, 3, 3, 3, 3, 5, 5, 5))
+        self.names = "abcdefg"[: drawn if nodes is None else nodes]
+        self.disks = {name: _founded(self.names) for name in self.names}
+        self.servers: dict[MemberId, SimServer] = {}
+        self.retired: set[MemberId] = set()  # who is removed, and has ended
+        self.invariants = Invariants(self, self.names, self.counts)
+        self.network = Network(self)
+        self.members = Members(self, "joins" not in without)
+        self.clients = Clients(self, without)
+        self.faults = Faults(self, without)
+
+    # ---- What the invariants ask ----
+
+    def running(self) -> list[Watched]:
+        """The servers that are up."""
+        return list(self.servers.values())
+
+    def disk_of(self, member_id: MemberId) -> SimDisk:
+        """A server's disk, whether it is up or not."""
+        return self.disks[member_id]
+
+    # ---- The course of a history ----
+
+    def run(self, steps: int = STEPS) -> Counter[str]:
+        """A storm of so many steps, calm, one follower cut off and returned; what happened, counted."""
+        for name in self.names:
+            self.start_server(name)
+        self.faults.start()
+        self.members.start()
+        self.clients.start()
+        self.run_steps(steps)
+        self._calm_down()
+        self._settle()
+        self.clients.ask_for_all()
+        self._settle()
+        self.clients.check()
+        self._cut_off_and_return()
+        self.counts["steps"] = self.steps
+        return self.counts
+
+    def _calm_down(self) -> None:
+        self.say("the storm ends")
+        self.weather = CALM
+        self.network.heal()
+        for name in list(self.disks):
+            server = self.servers.get(name)
+            if server is not None and server.is_distrusted:
+                self.crash(server)  # only a restart brings a distrusted state machine back
+            self.restart(name)
+        for server in self.servers.values():
+            server.disk_hangs_until = 0
+            server.tick_length = max(0.8, min(server.tick_length, 1.25))
+        for server in list(self.servers.values()):
+            self._connect(server, 1)
+
+    def _settle(self) -> None:
+        """I15: soon a leader; then every learner has its vote or stays one, all logs are equal and
+        applied, and who was removed has heard it."""
+        self._wait(LEADER_TIMEOUTS, lambda: bool(self.leaders()), "no leader")
+        self._wait(REST_TIMEOUTS, self._is_at_rest, "not at rest")
+
+    def _wait(self, timeouts: int, reached: Callable[[], bool], otherwise: str) -> None:
+        # Where each entry is a message of its own, and one at a time, catching up takes longer.
+        longest = max(len(server.log) for server in self.servers.values())
+        limit = self.now + timeouts * self.config.election_ticks_max + 2 * longest
+        while not reached():
+            roles = {name: server.core.role.value for name, server in self.servers.items()}
+            self.invariants.require(self.now < limit, f"I15: {otherwise} by {limit}: {roles}")
+            self.run_until(self.now + 1)
+
+    def leaders(self) -> list[SimServer]:
+        """Whoever believes to lead: of several terms there may be several."""
+        return [s for s in self.servers.values() if s.core.role is Role.LEADER]
+
+    def _is_at_rest(self) -> bool:
+        if len(self.leaders()) != 1:
+            return False
+        (leader,) = self.leaders()
+        last_index = leader.core.log.last_index
+        members = leader.core.membership.members
+        if {member.member_id for member in members} != self.servers.keys():
+            return False
+        return (
+            all(member.voter or member.stays_learner for member in members)
+            and all(
+                server.asleep_until <= self.now
+                and server.core.leader_id == leader.name
+                and server.log == leader.log
+                and server.disk.found() == leader.log
+                and server.core.commit_index == server.applied_index == last_index
+                for server in self.servers.values()
+            )
+            and self.clients.are_idle
+        )
+
+    def _cut_off_and_return(self) -> None:
+        """I16: a follower that was cut off and comes back changes neither leader nor term."""
+        (leader,) = self.leaders()
+        term = leader.core.term
+        followers = [
+            name
+            for name in self.servers
+            if name != leader.name
+            and leader.core.membership.has_quorum(self.servers.keys() - {name})
+        ]
+        if not followers:
+            return
+        self.network.isolate(self.rng.choice(followers), list(self.disks))
+        self.run_until(self.now + 3 * self.config.election_ticks_max)
+        self.heal()
+        self.run_until(self.now + self.config.election_ticks_max)
+        self._settle()
+        held = leader.core.role is Role.LEADER and leader.core.term == term
+        self.invariants.require(held, "I16: a returning follower cost the leader its leadership")
+
+    # ---- A server's threads ----
+
+    def start_server(self, name: MemberId) -> None:
+        """From what its disk holds."""
+        disk = self.disks[name]
+        core = disk.start(
+            name,
+            self.config,
+            random.Random(self.rng.random()),
+            tail_count=self.rng.choice((0, 3, 1000)),
+            window_bytes_max=self.window_bytes_max,
+        )
+        lengths = (1, 1, 0.8, 1.25) if self.weather is CALM else (1, 1, 1, 0.8, 1.25, 0.5, 2)
+        clock, tick_length = SimClock(self.rng), self.rng.choice(lengths)
+        server = self.servers[name] = SimServer(name, core, disk, clock, tick_length)
+        self.invariants.on_start(server)
+        held = f"{core.log.first_index}..{core.log.last_index}"
+        self.say(f"{name} starts in term {core.term}, state at {core.commit_index}, log {held}")
+        self.at(self.rng.uniform(0, 1), self._tick, server)
+        self.at(self.pause(self.save_ticks), self._save, server)
+        for peer in list(self.servers.values()):
+            if self.chance(0.7):
+                peer.core.link_up(name)
+                self.after(peer)
+            if self.chance(0.7) and self.weather is not CALM:
+                self.send_needless_state(peer, name)
+
+    def _connect(self, server: SimServer, chance: float) -> None:
+        """New connections to the others."""
+        for other in self.servers:
+            if other != server.name and self.chance(chance):
+                server.core.link_up(other)
+        self.after(server)
+
+    def sleeps(self, server: SimServer, action: Callable[..., None], *args: object) -> bool:
+        """Whether the server can do nothing now; if so, the action comes when it wakes up."""
+        if self.now >= server.asleep_until:
+            return False
+        self.at_time(server.asleep_until, action, *args)
+        return True
+
+    def _tick(self, server: SimServer) -> None:
+        if server.up and not self.sleeps(server, self._tick, server):
+            # A follower whose own disk is slow has no cause to doubt its leader (raft-traps T23).
+            if server.core.role is Role.LEADER or not server.core.is_writing:
+                server.core.tick()
+            self._watch_disk(server)
+            server.lonely_ticks = 0 if server.core.leader_id else server.lonely_ticks + 1
+            is_lonely = server.lonely_ticks > 2 * self.config.election_ticks_max
+            if is_lonely and self.members.tell_if_removed(server):
+                return
+            server.upkeep_ticks += 1
+            if server.upkeep_ticks % UPKEEP_TICKS == 0:
+                self.clients.do_upkeep(server)
+            self.after(server)
+            self.at(server.tick_length, self._tick, server)
+
+    def _watch_disk(self, server: SimServer) -> None:
+        """A leader whose own disk hangs makes way, though its heartbeats still flow."""
+        core = server.core
+        server.writing_ticks = server.writing_ticks + 1 if core.is_writing else 0
+        hangs = server.writing_ticks > self.config.election_ticks_min
+        core.may_campaign = not (hangs or server.is_distrusted)
+        if hangs and core.role is Role.LEADER:
+            self.counts["way given for a disk"] += 1
+            core.give_way()
+
+    def after(self, server: SimServer) -> None:
+        """The core has changed: look at it, and do what its driver would do."""
+        core = server.core
+        if (server.role, server.term) != (core.role, core.term):
+            self.say(f"{server.name} is {core.role.value} of term {core.term}")
+            if server.role is Role.LEADER and server.term == core.term:
+                self.counts["steps down"] += 1
+            if server.role is Role.LEADER:
+                self.clients.leadership_lost(server)
+        self.invariants.observe(server)
+        if core.is_removed:
+            self.retire(server)
+            return
+        for dropped in core.take_dropped():
+            self.say(f"{server.name} drops learner {dropped.node_id}")
+            self.counts["learners dropped"] += 1
+        if not self.chance(self.weather.late):
+            self._write(server)
+        self._push(server)
+        if not self.chance(self.weather.late):
+            self._apply(server)
+        for index, tokens in core.take_reads():
+            for token in tokens:
+                assert isinstance(token, int)
+                self.say(f"{server.name} allows read {token} at {index}")
+                self.clients.on_read_given(server, token, index)
+
+    def retire(self, server: SimServer) -> None:
+        """It has heard that it is no member any more."""
+        self.say(f"{server.name} has heard that it was removed, and ends")
+        self.counts["removals heard"] += 1
+        self.retired.add(server.name)
+        server.up = False
+        del self.servers[server.name]
+
+    def _sync_ticks(self) -> float:
+        ticks = self.rng.uniform(0.01, self.weather.sync_ticks)
+        return ticks * 10 if self.chance(self.weather.stall) else ticks
+
+    def _fails_to_sync(self, server: SimServer) -> bool:
+        """Whether the disk has just failed; that ends the server (raft-traps T6)."""
+        if not self.chance(self.weather.sync_error):
+            return False
+        self.say(f"the disk of {server.name} fails")
+        self.counts["disk errors"] += 1
+        self.crash_for_a_while(server)
+        return True
+
+    def _write(self, server: SimServer) -> None:
+        ready = None if server.writing else server.core.ready()
+        if ready is not None:
+            server.writing, server.unsynced = True, ready
+            if ready.log_base is None:
+                hangs = max(0, server.disk_hangs_until - self.now)
+                self.at(hangs + self._sync_ticks(), self._synced, server, ready)
+            else:
+                self._next_step(server, self._synced, server, ready)
+
+    def _synced(self, server: SimServer, ready: Ready) -> None:
+        if not server.up or self.sleeps(server, self._synced, server, ready):
+            return
+        if self._fails_to_sync(server):
+            return
+        server.disk.write(ready.hard_state, ready.entries, ready.log_base)
+        server.unsynced = None
+        for message in ready.messages:
+            self._send(server, message)
+        if self.chance(self.weather.late):  # answers may come before the writer goes on
+            self.at(1, self._advance, server, ready)
+        else:
+            self._advance(server, ready)
+
+    def _advance(self, server: SimServer, ready: Ready) -> None:
+        if server.up and not self.sleeps(server, self._advance, server, ready):
+            server.writing, server.writing_ticks = False, 0
+            server.core.advance(ready)
+            self.after(server)
+
+    def _push(self, server: SimServer) -> None:
+        for peer in list(server.core.progress):
+            if self.chance(self.weather.late):
+                continue
+            while peer not in server.reading:
+                append = server.core.append_for(peer)
+                if append is None:
+                    break
+                if isinstance(append, SnapshotDue):
+                    self.say(f"{server.name} has no entry {append.needed_index} for {peer}")
+                    server.core.snapshot_started(peer)
+                    self.at(self._sync_ticks(), self._open_state, server, peer, server.core.term)
+                elif isinstance(append, EntriesOnDisk):
+                    self.counts["entries on disk"] += 1
+                    server.reading.add(peer)
+                    self.at(self._sync_ticks(), self._read_disk, server, peer, append)
+                else:
+                    self._send(server, append)
+
+    def _read_disk(self, server: SimServer, peer: MemberId, wanted: EntriesOnDisk) -> None:
+        if not server.up or self.sleeps(server, self._read_disk, server, peer, wanted):
+            return
+        server.reading.discard(peer)
+        entries = server.disk.read(wanted.first, wanted.last, self.config.append_bytes_max)
+        append = server.core.append_with(peer, entries)
+        if append is None:
+            self.counts["read in vain"] += 1
+        else:
+            self._send(server, append)
+        self.after(server)
+
+    def _apply(self, server: SimServer) -> None:
+        first = server.applied_index + 1
+        entries = server.core.entries_to_apply(first, 200)
+        if entries is None:
+            last = min(server.core.commit_index, server.core.log.stable_index)
+            entries = tuple(server.disk.read(first, last, 200))
+            self.counts["applied from disk"] += 1
+        for entry in entries:
+            self.invariants.before_apply(server, entry)
+            reply: Reply = None
+            if entry.kind is EntryKind.COMMAND:
+                reply = server.store.apply(entry.index, entry.data)
+            else:
+                server.store.skip(entry.index)
+            self.invariants.after_apply(server, entry)
+            self.clients.on_applied(server, entry, reply)
+        server.core.applied_to(server.applied_index)
+
+    # ---- States, saved and sent ----
+
+    def _next_step(self, server: SimServer, step: Callable[..., None], *args: object) -> None:
+        """Do this when the disk is done, unless the server crashes just before it."""
+        ticks = self._sync_ticks()
+        if self.chance(self.weather.slow):
+            ticks += self.rng.uniform(1, self.weather.slow_ticks)  # a big state
+        self.at(ticks, step, *args)
+        if self.chance(0.1):
+            self.at(self.rng.uniform(0, ticks), self.crash_for_a_while, server)
+
+    def _save(self, server: SimServer) -> None:
+        """Like state-flusher: write down how far the state machine is; then shorten the log."""
+        if not server.up or self.sleeps(server, self._save, server):
+            return
+        self.at(self.pause(self.save_ticks), self._save, server)
+        index = server.applied_index
+        if index > server.disk.state.snapshot.index and not (server.saving or server.installing):
+            membership_index, members = server.core.membership_at(index)
+            snapshot = Snapshot(index, server.core.log.term_at(index), members, membership_index)
+            state = SimState(snapshot, tuple(server.applied))
+            # Some rows are taken now, the others when entries have been applied meanwhile.
+            flush = server.store.begin_flush()
+            slices = flush.slices(nullcontext(), rows_max=2)
+            taken = list(islice(slices, self.rng.randint(0, 3)))
+            server.saving = flush
+            self._next_step(server, self._saved, server, state, flush, chain(taken, slices))
+
+    def _saved(
+        self, server: SimServer, state: SimState, flush: Flush, slices: Iterable[Slice]
+    ) -> None:
+        if not server.up or self.sleeps(server, self._saved, server, state, flush, slices):
+            return
+        if server.saving is not flush or self._fails_to_sync(server):
+            return
+        if self.chance(self.weather.sync_error * 10):  # such an error is not fatal: sqlite's
+            self._end_saving(server, saved=False)
+            return
+        rows = server.disk.state.rows.with_slices(flush, slices)
+        self._end_saving(server, saved=True)
+        state = state._replace(rows=rows)
+        self.invariants.on_save(server, state)
+        server.disk.save(state)
+        self.counts["states saved"] += 1
+        # What is being sent to a follower must meet the log, which may end before the state, if the
+        # others committed faster than this disk wrote. And drops go by whole segments of 3.
+        needed = [sending.index for sending in server.sending.values()]
+        covered = min(state.snapshot.index, server.core.log.stable_index)
+        first = min([covered - self.tail_entries, *needed]) // 3 * 3 + 1
+        if first > server.disk.base[0] + 1:
+            self.say(f"{server.name} drops its log before {first}, state at {state.snapshot.index}")
+            server.disk.drop_before(first)
+            self._next_step(server, self._compacted, server, first)
+
+    def _end_saving(self, server: SimServer, *, saved: bool) -> None:
+        if server.saving is not None:
+            server.saving = None
+            server.store.end_flush(saved=saved)
+            self.counts["flushes given up"] += not saved
+
+    def _compacted(self, server: SimServer, first: int) -> None:
+        if server.up and not self.sleeps(server, self._compacted, server, first):
+            self.counts["logs compacted"] += 1
+            server.core.compacted_to(first)
+            self.after(server)
+
+    def send_needless_state(self, server: SimServer, peer: MemberId) -> None:
+        """To one that does not need it (any more): a state may come at any time."""
+        idle = peer in server.core.progress and peer not in server.sending
+        if idle and server.disk.state.snapshot.index > 0:
+            self._open_state(server, peer, server.core.term)
+
+    def _open_state(self, server: SimServer, peer: MemberId, term: int) -> None:
+        if not server.up or self.sleeps(server, self._open_state, server, peer, term):
+            return
+        if not self._still_leads(server, term):
+            return
+        snapshot_id = self.rng.randrange(1, 1 << 64)
+        server.sending[peer] = Sending(snapshot_id, term, server.disk.state, self.chunk_bytes)
+        self.counts["snapshots sent"] += 1
+        self.invariants.on_open(snapshot_id, server.disk.state)
+        self._send_chunk(server, peer, server.sending[peer], CHUNK_RETRIES_MAX)
+
+    def _send_chunk(
+        self, server: SimServer, peer: MemberId, sending: Sending, retries: int
+    ) -> None:
+        if not self._still_leads(server, sending.term):
+            server.sending.pop(peer, None)
+            return
+        self.counts["chunks"] += 1
+        self._send(server, sending.chunk(server.name, peer))
+        args = (server, peer, sending, sending.offset, retries)
+        self.at(CHUNK_RETRY_TICKS, self._repeat_chunk, *args)
+
+    def _repeat_chunk(
+        self, server: SimServer, peer: MemberId, sending: Sending, seen: int, retries: int
+    ) -> None:
+        """Send the chunk at ``seen`` again if the transfer has not gone on since."""
+        args = (server, peer, sending, seen, retries)
+        if not server.up or self.sleeps(server, self._repeat_chunk, *args):
+            return
+        if server.sending.get(peer) is sending and sending.offset == seen:
+            if retries > 0:
+                self._send_chunk(server, peer, sending, retries - 1)
+            else:
+                self._end_sending(server, peer, None)
+
+    def _still_leads(self, server: SimServer, term: int) -> bool:
+        return server.core.role is Role.LEADER and server.core.term == term
+
+    def _end_sending(self, server: SimServer, peer: MemberId, index: int | None) -> None:
+        del server.sending[peer]
+        self.counts["snapshots given up"] += index is None
+        server.core.snapshot_ended(peer, index)
+        self.after(server)
+
+    def _on_snapshot_reply(self, server: SimServer, reply: SnapshotReply) -> None:
+        peer, sending = reply.sender, server.sending.get(reply.sender)
+        if sending is None or sending.snapshot_id != reply.snapshot_id:
+            return
+        if not self._still_leads(server, reply.term):
+            return
+        if reply.outcome is SnapshotOutcome.INSTALLED:
+            self._end_sending(server, peer, sending.index)
+        elif reply.outcome is SnapshotOutcome.REFUSED:
+            self._end_sending(server, peer, None)
+        elif reply.received_bytes > sending.offset:
+            sending.offset = reply.received_bytes
+            self._send_chunk(server, peer, sending, CHUNK_RETRIES_MAX)
+
+    def _on_chunk(self, server: SimServer, chunk: SnapshotChunk) -> None:
+        if chunk.term != server.core.term or server.installing:
+            return
+        result = server.receiving.take(chunk, self.invariants.entries_of(chunk.snapshot_id))
+        if not isinstance(result, SimState):
+            server.core.answer_chunk(chunk, *result)
+        elif result.snapshot.index <= server.core.commit_index:
+            server.core.answer_chunk(chunk, 0, SnapshotOutcome.INSTALLED)
+        else:
+            self._end_saving(server, saved=False)
+            server.installing = "a state received"
+            self._next_step(server, self._install, server, chunk, result)
+
+    def _install(self, server: SimServer, chunk: SnapshotChunk, state: SimState) -> None:
+        """The state is whole and synced: put it in the place of the server's own."""
+        if server.up and not self.sleeps(server, self._install, server, chunk, state):
+            self.invariants.on_save(server, state)
+            server.disk.save(state)
+            server.installing = "a state in place"
+            self._next_step(server, self._restore, server, chunk, state)
+
+    def _restore(self, server: SimServer, chunk: SnapshotChunk, state: SimState) -> None:
+        """It is in place: load it."""
+        if server.up and not self.sleeps(server, self._restore, server, chunk, state):
+            self.say(f"{server.name} restores the state at {state.snapshot.index}")
+            server.installing = ""
+            server.core.restore(state.snapshot)
+            self.invariants.on_restore(server, state)
+            server.core.answer_chunk(chunk, 0, SnapshotOutcome.INSTALLED)
+            self.after(server)
+
+    # ---- The network ----
+
+    def _send(self, server: SimServer, message: Message) -> None:
+        self.invariants.on_send(server, message)
+        if self.network.is_cut(message.sender, message.to) or self.chance(self.weather.drop):
+            self.counts["lost"] += 1
+            return
+        copies = 1
+        if self.chance(self.weather.duplicate):
+            copies = 2
+            self.counts["duplicated"] += 1
+        for _ in range(copies):
+            self.at(self.delay(), self._deliver, message)
+
+    def _deliver(self, message: Message) -> None:
+        server = self.servers.get(message.to)
+        if server is None or self.sleeps(server, self._deliver, message):
+            return
+        if self.tracing:
+            self.say(describe(message))
+        self.invariants.before_step(server, message)
+        server.core.step(message)
+        if isinstance(message, SnapshotChunk):
+            self._on_chunk(server, message)
+        elif isinstance(message, SnapshotReply):
+            self._on_snapshot_reply(server, message)
+        self.after(server)
+
+    def heal(self) -> None:
+        """All links work again; some connections are new."""
+        self.network.heal()
+        for server in list(self.servers.values()):
+            self._connect(server, 0.5)
+
+    # ---- Crashes ----
+
+    def crash_for_a_while(self, server: SimServer) -> None:
+        """It comes back later."""
+        if server.up and self.weather is not CALM:
+            self.crash(server)
+            self.at(self.rng.uniform(0.1, 40), self.restart, server.name)
+
+    def restart(self, name: MemberId) -> None:
+        """What has crashed comes back, unless it has none to come back to."""
+        gone = self.retired | self.members.lost
+        if name not in self.servers and name not in gone:
+            self.start_server(name)
+
+    def crash(self, server: SimServer) -> None:
+        """All that was in memory is gone, and perhaps what was not synced."""
+        self.counts["crashes"] += 1
+        self.clients.leadership_lost(server)
+        server.up = False
+        del self.servers[server.name]
+        if server.installing:
+            self.counts[f"crash with {server.installing}"] += 1
+        fate = "nothing"
+        if (ready := server.unsynced) is not None:
+            fate, kept = self.rng.choice(
+                (
+                    ("lost", 0),
+                    ("kept in part", self.rng.randint(0, len(ready.entries))),
+                    ("kept", len(ready.entries)),
+                )
+            )
+            if fate != "lost":
+                server.disk.write(ready.hard_state, ready.entries[:kept], ready.log_base)
+            elif ready.log_base and self.chance(0.5):
+                server.disk.reset(ready.log_base)  # the first step was done
+            self.counts[f"write {fate}"] += 1
+            self.counts["crash with a log to empty"] += ready.log_base is not None
+        self.say(f"{server.name} crashes; of what was not synced: {fate}")
+        for other in self.servers.values():
+            if self.chance(0.5):
+                self.at(self.rng.uniform(0.1, 5), self.hear_of_death, other, server.name)
+
+    def hear_of_death(self, server: SimServer, dead: MemberId) -> None:
+        """The server has evidence, right or wrong, that the other's process is gone."""
+        if server.up and not self.sleeps(server, self.hear_of_death, server, dead):
+            self.counts["evidence"] += server.core.leader_id == dead
+            server.core.leader_died(dead)
+            self.after(server)
