@@ -29,6 +29,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 from kv_errors import (
@@ -787,10 +788,9 @@ class RaftNode:
             if payloads:
                 with self._lock:
                     effects = []
-                    may_propose = self._core.role is Role.LEADER
-                    may_propose = may_propose and self._bytes_free >= DISK_FLOOR_BYTES
-                    if may_propose and self._core.transfer_target is None:
-                        self._core.propose(payloads)
+                    if self._core.role is Role.LEADER and self._bytes_free >= DISK_FLOOR_BYTES:
+                        with suppress(TransferUnderWayError, TooMuchUncommittedError):
+                            self._core.propose(payloads)
                         effects = self._pump_locked()
                 self._settle(effects)
         self._compare_states()

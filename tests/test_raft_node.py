@@ -32,6 +32,7 @@ from kv_errors import (
 from kv_members import change_members
 from kv_store import KeyValueStore
 from kv_types import Reply
+from raft_core import TooMuchUncommittedError, TransferUnderWayError
 from raft_log import RaftLog
 from raft_node import RaftNode
 from raft_snapshots import snapshot_of
@@ -447,6 +448,30 @@ def test_upkeep_when_the_leaders_store_wants_something_then_it_is_replicated(
     for follower in shared_trio.others(leader):
         assert follower.upkeep, "a secondary proposes nothing"
         follower.upkeep = []
+
+
+@pytest.mark.parametrize("error", [TooMuchUncommittedError, TransferUnderWayError])
+def test_upkeep_when_the_core_refuses_it_then_the_node_lives_on(
+    shared_trio: Trio, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Expiry can wait: what is due is due the next time, too."""
+    leader = shared_trio.leader()
+    core, refused = leader.node._core, threading.Event()
+    propose = core.propose
+
+    def refuse(payloads: Sequence[bytes]) -> int:
+        if payloads == [command("DEL", "old")] and not refused.is_set():
+            refused.set()
+            raise error
+        return propose(payloads)
+
+    monkeypatch.setattr(core, "propose", refuse)
+    leader.upkeep = [command("DEL", "old")]
+    assert refused.wait(PATIENCE_S)
+    leader.upkeep = [command("DEL", "old")]
+
+    eventually(lambda: not leader.upkeep, "the applier asks again")
+    assert not leader.fatal
 
 
 def test_status_when_the_cluster_is_level_then_the_leader_sees_no_lag(shared_trio: Trio) -> None:
