@@ -86,6 +86,12 @@ JOIN_INTERVAL_S = 0.5
 WATCH_INTERVAL_S = 0.5
 JOIN_TIMEOUT_S = 5.0
 PURGE_KEYS_MAX = 500
+# Of these the disk is to blame, and a person can mend it.
+DISK_FAULTS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -689,7 +695,10 @@ class Server:
 
     def _die(self, error: BaseException) -> None:
         """A thread has died. Nothing that this process says can be trusted now: end it at once."""
-        log.critical("the process ends: a thread died of %r", error, exc_info=error)
+        if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+            log.critical("the process ends: %s", _explained(error, self.settings.data_dir))
+        else:
+            log.critical("the process ends: a thread died of %r", error, exc_info=error)
         logging.shutdown()
         os._exit(EXIT_FAULT)
 
@@ -699,6 +708,14 @@ class Server:
         if not pairs:
             return ()
         return [kv_commands.encode_payload(now_ms, purge_request(pairs))]
+
+
+def _explained(error: OSError, data_dir: Path) -> str:
+    """An error with what to do, if the disk can take nothing."""
+    why = DISK_FAULTS.get(error.errno or 0)
+    if why is None:
+        return str(error)
+    return f"{why} ({data_dir}): make room, or mend it, and start the node again ({error})"
 
 
 def _node_config(settings: Settings) -> NodeConfig:
@@ -797,7 +814,7 @@ def main(argv: Sequence[str] | None = None, environ: dict[str, str] | None = Non
         log.error("%s", error)
         return EXIT_CONFIG
     except OSError as error:
-        log.error("can't start: %s", error)
+        log.error("can't start: %s", _explained(error, settings.data_dir))
         return EXIT_FAULT
     return server.run()
 

@@ -428,7 +428,7 @@ class RaftNode:
         found = (
             self._audit.trouble,
             "the disk hangs" if self._disk_hangs else "",
-            "disk almost full: all but deletions is refused" if self.disk_is_full else "",
+            "disk almost full: a primary refuses all but deletions" if self.disk_is_full else "",
             self._keeper.trouble,
         )
         return "; ".join(text for text in found if text)
@@ -713,7 +713,7 @@ class RaftNode:
         was_full = self.disk_is_full
         self._bytes_free = self._disk.bytes_free()  # one writer; read without the lock is fine
         if self.disk_is_full and not was_full:
-            log.error("disk almost full: a primary refuses all but deletions until there is room")
+            log.error("disk almost full: a primary refuses all but deletions; if full, a node ends")
         elif was_full and not self.disk_is_full:
             log.info("disk has room again")
 

@@ -320,7 +320,14 @@ class StateKeeper:
             if incoming is not None:
                 incoming.writer.abort()
             log.info("receiving a snapshot from=%s", chunk.sender)
-            incoming = _Incoming(chunk, self._state.receive_snapshot())
+            try:
+                incoming = _Incoming(chunk, self._state.receive_snapshot())
+            except OSError as error:
+                log.error("a snapshot can't be received: %s", error)
+                with self._lock:
+                    self._incoming = None
+                self._host.answer_chunk(chunk, 0, SnapshotOutcome.REFUSED)
+                return
         incoming.last_chunk = chunk
         if chunk.offset == incoming.writer.received_bytes:
             try:
@@ -429,8 +436,16 @@ class StateKeeper:
             term = self._term
         if not term:
             return
-        reader = self._state.open_snapshot()
         now_s = time.monotonic()
+        try:
+            reader = self._state.open_snapshot()
+        except (OSError, StateDbError) as error:
+            log.error("a snapshot can't be sent to=%s: %s", member_id, error)
+            with self._lock:
+                self._begun_s[member_id] = now_s
+                if self._term == term:
+                    self._wanted.add(member_id)
+            return
         outgoing = _Outgoing(member_id, reader, secrets.randbits(63), now_s, now_s)
         with self._lock:
             if self._term != term or member_id in self._outgoing:

@@ -32,7 +32,7 @@ import sqlite3
 import struct
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from hashlib import blake2b
 from itertools import chain
@@ -451,7 +451,8 @@ class SnapshotWriter:
 
     def abort(self) -> None:
         """Forget what was received."""
-        self._file.close()
+        with suppress(OSError):  # what a full disk has not taken is tried once more
+            self._file.close()
         self._path.unlink(missing_ok=True)
 
 

@@ -1,4 +1,4 @@
-"""A node that dies by SIGKILL at a step named in the environment: the server, started by tests.
+"""A node that dies by SIGKILL at a step, or whose disk hangs: the server, started by tests.
 
     KV_TEST_FAILPOINT="save-committed" python tests/failpoint_server.py --primary ...
 
@@ -13,6 +13,9 @@ The points, of which each has a count (``... 3``: the third time; 1 if none is g
     append torn                  the first half of a record's sectors is written
     before RaftNode._apply       a method of the node is called
     after RaftNode._apply        it returns
+
+With KV_TEST_HANGS the log's writes wait as long as there is a file in that directory that is called
+by the process' pid.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
@@ -37,6 +41,7 @@ import state_db  # noqa: E402
 from replication_log_format import SECTOR_BYTES  # noqa: E402
 
 VARIABLE = "KV_TEST_FAILPOINT"
+HANGS = "KV_TEST_HANGS"
 TORN = "append torn"
 # Operations of the log whose calls to the disk are points. ``vote`` is an append of a hard state.
 OPERATIONS = ("append", "vote", "drop_before", "reset", "save_identity", "_create_segment")
@@ -145,7 +150,22 @@ class Failpoint:
         return surrounded
 
 
+def hang_while_there_is(path: Path) -> None:
+    """Let every write to the log wait for that."""
+    disk = replication_log.Disk()
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        while path.exists():
+            time.sleep(0.01)
+        return disk.pwrite(fd, data, offset)
+
+    hanging = replace(disk, pwrite=pwrite)
+    replication_log._system_disk = lambda: hanging
+
+
 if __name__ == "__main__":
+    if directory := os.environ.get(HANGS):
+        hang_while_there_is(Path(directory, str(os.getpid())))
     if text := os.environ.get(VARIABLE):
         Failpoint(text).install()
     sys.exit(kv_store_server.main())

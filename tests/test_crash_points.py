@@ -42,7 +42,7 @@ def chosen(count: int, *points: str) -> list[str]:
 
 
 SAVE = chosen(
-    2,
+    1,
     *("save-committed", "save-rows-written", "save-begun", "save-header-written", "save-synced"),
 )
 CUT = chosen(
@@ -52,7 +52,7 @@ SEGMENT = chosen(
     1, *(f"_create_segment before {call}" for call in ("fdatasync", "pwrite", "fsync"))
 )
 APPEND = chosen(
-    2,
+    1,
     *("append torn 3", "append before fdatasync 3", "append before pwrite 3"),
     *("after ReplicationLog.append 3", "before RaftNode._apply 3", "after RaftNode._apply 3"),
 )
@@ -76,7 +76,7 @@ LEAD = chosen(
     *("append before fdatasync 20", "after ReplicationLog.append 20"),
 )
 RESTORE = chosen(
-    2,
+    1,
     *("install-renamed", "reset before unlink", "save_identity before rename 2"),
     *("snapshot-received", "snapshot-synced", "install-closed", "install-synced"),
     *("before ReplicationLog.reset", "_create_segment before fsync", "reset before fsync"),

@@ -28,7 +28,7 @@ from tests.power_loss import DiskDirectory, compile_recorder, contents, fill, se
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
-ROUNDS = int(os.environ.get("KV_TEST_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("KV_TEST_ROUNDS", "2"))
 IMAGES = 10
 SMALL_LOG = ("--max-log", "1MiB")
 VALUE_BYTES = (10, 600, 3000, 20_000)

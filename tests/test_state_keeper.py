@@ -1,0 +1,143 @@
+"""The keeper of the state by itself: what it does when the disk takes no snapshot, in or out."""
+
+from __future__ import annotations
+
+import errno
+import io
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+
+import raft_snapshots
+from kv_store import KeyValueStore, Slice
+from raft_snapshots import StateKeeper
+from raft_types import Identity, MemberId, Message, Snapshot, SnapshotChunk, SnapshotOutcome
+from replication_log import ReplicationLog
+from state_db import StateDb, StateHeader
+from tests.cluster import eventually
+
+CHUNK = SnapshotChunk("leader", "me", 1, 5, 0, bytes(100), False)
+SECOND = SnapshotChunk("leader", "me", 1, 5, 100, bytes(100_000), False)
+
+
+def no_room(*_: object) -> NoReturn:
+    raise OSError(errno.ENOSPC, "no room")
+
+
+class FullFile(io.RawIOBase):
+    """Takes nothing: what is buffered for it is tried again when it is closed."""
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        no_room()
+
+
+class FakeHost:
+    """A node that notes what it is to send."""
+
+    is_suspect = False
+
+    def __init__(self) -> None:
+        self.posted: list[Message] = []
+        self.answers: list[SnapshotOutcome] = []
+
+    def begin_flush(self) -> tuple[StateHeader, Iterator[Slice]]:
+        return StateHeader(), iter(())
+
+    def end_flush(self, *, saved: bool) -> None:
+        pass
+
+    def drop_log(self, index: int) -> None:
+        pass
+
+    def snapshot_ended(self, member_id: MemberId, index: int | None) -> None:
+        pass
+
+    def post(self, message: Message) -> None:
+        self.posted.append(message)
+
+    def answer_chunk(
+        self, chunk: SnapshotChunk, received_bytes: int, outcome: SnapshotOutcome
+    ) -> None:
+        self.answers.append(outcome)
+
+    def install(
+        self, snapshot: Snapshot, received: KeyValueStore, make_durable: Callable[[], None]
+    ) -> bool:
+        return True
+
+
+class Kept:
+    """A keeper with files of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.disk = ReplicationLog(directory)
+        self.disk.save_identity(Identity("c", "me", "node1"))
+        self.state = StateDb(directory)
+        self.host = FakeHost()
+        self.keeper = StateKeeper("me", self.disk, self.state, self.host, 0, 1 << 20)
+
+
+@pytest.fixture
+def kept(tmp_path: Path) -> Iterator[Kept]:
+    kept = Kept(tmp_path)
+    yield kept
+    kept.state.close()
+    kept.disk.close()
+
+
+def test_sending_when_the_disk_has_no_room_for_the_copy_then_it_is_tried_again(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The thread lives on, and with it the primary; the follower gets its state later."""
+    monkeypatch.setattr(raft_snapshots, "RETRY_S", 0.05)
+    monkeypatch.setattr(raft_snapshots, "POLL_S", 0.01)
+    kept.keeper.lead(1)
+    kept.keeper.want("follower")
+    thread = threading.Thread(target=kept.keeper.run)
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.state, "open_snapshot", no_room)
+        thread.start()
+        eventually(lambda: caplog.text.count("a snapshot can't be sent") > 1, "it fails, twice")
+
+    eventually(lambda: kept.host.posted, "it is sent")
+
+    kept.keeper.lead(0)
+    kept.keeper.stop()
+    thread.join()
+
+
+def test_receiving_when_no_file_can_be_made_then_the_leader_is_told(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal, so that it comes again later, instead of the end of this process."""
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.state, "receive_snapshot", no_room)
+        kept.keeper.on_chunk(CHUNK)
+
+    kept.keeper.on_chunk(CHUNK)
+
+    assert kept.host.answers == [SnapshotOutcome.REFUSED, SnapshotOutcome.MORE]
+
+
+def test_receiving_when_the_disk_fills_up_then_the_leader_is_told(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Closing a file writes what is left of it: that it can't is no news, and ends nothing."""
+    full = kept.state.receive_snapshot()
+    full._file.close()
+    full._file = io.BufferedWriter(FullFile())
+    with monkeypatch.context() as patch:
+        patch.setattr(kept.state, "receive_snapshot", lambda: full)
+        kept.keeper.on_chunk(CHUNK)  # which stays in the buffer
+        kept.keeper.on_chunk(SECOND)
+
+    assert kept.host.answers == [SnapshotOutcome.MORE, SnapshotOutcome.REFUSED]
+    assert not (tmp_path / "incoming.db").exists()
+    kept.keeper.on_chunk(CHUNK)
+    assert kept.host.answers[-1] is SnapshotOutcome.MORE
