@@ -26,8 +26,8 @@ SECONDS ?= 300
 fuzz:  ## changed bytes at every door, for five minutes or SECONDS=60
 	$(PYTHON) -m tests.fuzz --seconds $(SECONDS)
 
-crash-points:  ## a node dies at every step between two things it does to its disk; full disks
-	KV_TEST_EVERY_POINT=1 $(PYTHON) -m pytest tests/test_crash_points.py tests/test_disk_trouble.py -v
+crash-points:  ## a node dies at every step between two things it does to its disk, with power lost there; full disks
+	KV_TEST_EVERY_POINT=1 $(PYTHON) -m pytest tests/test_crash_points.py tests/test_disk_trouble.py tests/test_power_loss.py -v
 
 ROUNDS ?= 100
 power-loss:  ## real nodes lose what was not synced, ROUNDS=100 times

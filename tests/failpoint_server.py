@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 import kv_store_server  # noqa: E402
 import raft_node  # noqa: E402
+import raft_snapshots  # noqa: E402
 import replication_log  # noqa: E402
 import state_db  # noqa: E402
 from replication_log_format import SECTOR_BYTES  # noqa: E402
@@ -55,6 +56,7 @@ METHODS: dict[str, type] = {
     "RaftNode._write": raft_node.RaftNode,
     "RaftNode._next_append": raft_node.RaftNode,
     "RaftNode._apply": raft_node.RaftNode,
+    "StateKeeper.on_chunk": raft_snapshots.StateKeeper,
     "RaftNode._finish_applied_locked": raft_node.RaftNode,
 }
 

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,6 +62,7 @@ INSTALL = chosen(
     *("install-renamed", "_create_segment before fdatasync", "reset before unlink"),
     *("snapshot-received", "snapshot-synced", "install-closed", "install-synced"),
     *("before ReplicationLog.reset", "_create_segment before pwrite"),
+    *("before StateKeeper.on_chunk 2", "after StateKeeper.on_chunk 3"),
     *("_create_segment before fsync", "reset before fsync", "after ReplicationLog.reset"),
 )
 FOLLOW = chosen(
@@ -114,11 +115,11 @@ class Writes:
         assert reply == "OK", reply
         return True
 
-    def check(self, connection: RespConnection) -> None:
+    def check(self, ask: Callable[..., Reply]) -> None:
         """What was answered is there, and what was not is there whole or not at all."""
         for number in range(self.done):
             pairs = self._batch(number)
-            found = connection.ask("MGET", *pairs)
+            found = ask("MGET", *pairs)
             if number in self.unknown and found == [None] * BATCH:
                 continue
             assert found == [value.encode() for value in pairs.values()], f"batch {number}"
@@ -172,7 +173,7 @@ def test_node_alone_when_it_dies_at_a_step_then_every_acknowledged_write_is_ther
 
     cluster.primary()
     with cluster.resp("node1") as connection:
-        writes.check(connection)
+        writes.check(connection.ask)
 
 
 # ---- Three nodes -------------------------------------------------------------------------------
@@ -239,7 +240,7 @@ def test_secondary_when_it_dies_at_a_step_then_it_comes_back_in_step(
         assert process.wait() == -signal.SIGKILL
         trio.start(victim)
         assert trio.in_step()["keys"] == writes.done * BATCH
-        writes.check(connection)
+        writes.check(connection.ask)
 
 
 @pytest.mark.parametrize("point", LEAD)
@@ -265,7 +266,7 @@ def test_primary_when_it_dies_at_a_step_then_the_others_have_what_it_answered(
     assert process.wait(PATIENCE_S) == -signal.SIGKILL
 
     with trio.resp(trio.primary(trio.others(victim))) as connection:
-        writes.check(connection)
+        writes.check(connection.ask)
         trio.start(victim)
         trio.in_step()
 
@@ -309,7 +310,7 @@ def test_restore_when_it_dies_at_a_step_then_the_same_command_goes_on(
             explain=(tmp_path / "log").read_text,
         )
         with RespConnection(("127.0.0.1", port)) as connection:
-            alone.writes.check(connection)
+            alone.writes.check(connection.ask)
     finally:
         process.kill()
         process.wait()

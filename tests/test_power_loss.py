@@ -9,28 +9,43 @@ from __future__ import annotations
 import os
 import random
 import secrets
+import signal
 import tempfile
 import threading
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from kv_store import KeyValueStore
+from kv_types import Reply
 from raft_snapshots import fit_log, snapshot_of
 from raft_types import EntryKind
 from replication_log import ReplicationLog
 from state_db import StateDb
-from tests.cluster import SHORT_TIMERS, Cluster
+from tests.cluster import PATIENCE_S, SHORT_TIMERS, Cluster
+from tests.failpoint_server import VARIABLE
 from tests.power_loss import DiskDirectory, compile_recorder, contents, fill, seen
+from tests.test_crash_points import (
+    APPEND,
+    BATCH,
+    CUT,
+    EVERY_POINT,
+    INSTALL,
+    SAVE,
+    SEGMENT,
+    SERVER,
+    SMALL_LOG,
+    Writes,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 ROUNDS = int(os.environ.get("KV_TEST_ROUNDS", "2"))
 IMAGES = 10
-SMALL_LOG = ("--max-log", "1MiB")
 VALUE_BYTES = (10, 600, 3000, 20_000)
 READ_KEYS_MAX = 100
 
@@ -60,13 +75,15 @@ class PoweredCluster:
             assert process is not None
             pids[node_id] = process.pid
         cluster.kill(*node_ids)
-        disks = {}
-        for node_id, pid in pids.items():
-            journal = self._journals / str(pid)
-            directory = cluster.node(node_id).directory
-            disks[node_id] = seen(directory, self._before[node_id], journal)
-            journal.unlink()
-        return disks
+        return {node_id: self.disk_after(node_id, pid) for node_id, pid in pids.items()}
+
+    def disk_after(self, node_id: str, pid: int) -> DiskDirectory:
+        """What this process, which has ended, has done."""
+        journal = self._journals / str(pid)
+        directory = self.cluster.node(node_id).directory
+        disk = seen(directory, self._before[node_id], journal)
+        journal.unlink()
+        return disk
 
     def start(self, *node_ids: str) -> None:
         for node_id in node_ids:
@@ -223,6 +240,77 @@ def test_disks_when_power_is_lost_in_any_way_then_a_majority_has_every_acknowled
             unsafe_bytes += sum(disk.unsafe_bytes for disk in disks.values())
             powered.start(*cluster.node_ids)
     assert unsafe_bytes
+
+
+@pytest.mark.parametrize("point", [*SAVE, *CUT, *SEGMENT, *APPEND] if EVERY_POINT else CUT)
+def test_disk_when_power_is_lost_at_a_step_then_every_acknowledged_write_is_there(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Of a node alone, between two things that it does to its disk, whatever is left of them."""
+    chance, seed = seeded(point)
+    writes = Writes()
+    with Cluster(*SHORT_TIMERS, *SMALL_LOG, nodes=1, server_script=SERVER) as cluster:
+        powered = PoweredCluster(cluster, environment, chance)
+        powered.lose_power("node1")
+        with monkeypatch.context() as patch:
+            patch.setenv(VARIABLE, point)
+            powered.start("node1")
+            process = cluster.process("node1")
+        assert process is not None
+        cluster.primary()
+        with suppress(ConnectionError), cluster.resp("node1") as connection:
+            writes.write_until_it_dies(connection)
+        assert process.wait(PATIENCE_S) == -signal.SIGKILL
+        disk = powered.disk_after("node1", process.pid)
+
+    for _ in range(IMAGES):
+        fill(tmp_path / "image", disk.after_loss(chance))
+        store = recovered(tmp_path / "image")
+        try:
+            writes.check(partial(_read, store))
+        except AssertionError as error:
+            raise AssertionError(f"{seed}: {error}") from error
+
+
+def _read(store: KeyValueStore, *words: str) -> Reply:
+    return store.read([word.encode() for word in words], 0)
+
+
+@pytest.mark.parametrize("point", INSTALL)
+def test_disk_when_power_is_lost_while_a_state_is_installed_then_the_node_starts(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """With the state of before or the one received, and a log that fits it; it catches up."""
+    chance, seed = seeded(point)
+    writes = Writes()
+    with Cluster(*SHORT_TIMERS, *SMALL_LOG, server_script=SERVER) as cluster:
+        powered = PoweredCluster(cluster, environment, chance)
+        victim = cluster.secondaries()[0]
+        reached = cluster.in_step()["applied_index"]
+        powered.lose_power(victim)
+        primary = cluster.primary()
+
+        def write_and_look() -> bool:
+            assert writes.write(connection)
+            status = cluster.status(primary)
+            return status is not None and status["first_index"] > reached + 1
+
+        with cluster.resp(primary) as connection:
+            cluster.eventually(write_and_look, "the log is cut")
+        with monkeypatch.context() as patch:
+            patch.setenv(VARIABLE, point)
+            powered.start(victim)
+            process = cluster.process(victim)
+        assert process is not None
+        assert process.wait(PATIENCE_S) == -signal.SIGKILL
+        disk = powered.disk_after(victim, process.pid)
+        for _ in range(IMAGES):
+            left = disk.after_loss(chance)
+            fill(tmp_path / "image", left)
+            assert recovered(tmp_path / "image").applied_index >= reached, seed
+        fill(cluster.node(victim).directory, left)
+        powered.start(victim)
+        assert cluster.in_step()["keys"] == writes.done * BATCH
 
 
 def test_disks_when_nothing_is_synced_then_the_loss_is_seen(
