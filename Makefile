@@ -6,7 +6,7 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-all bench soak fuzz crash-points power-loss
+.PHONY: help check test test-all bench soak mutants fuzz crash-points power-loss
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -21,6 +21,9 @@ test:  ## the fast tests: no server processes
 
 test-all:  ## every test, on real processes too
 	$(PYTHON) -m pytest
+
+mutants:  ## stores that are broken on purpose: does every one get caught?
+	$(PYTHON) -m tests.mutants
 
 SECONDS ?= 300
 fuzz:  ## changed bytes at every door, for five minutes or SECONDS=60

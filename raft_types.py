@@ -189,7 +189,7 @@ class Membership:
         """The inverse of ``encode``. Raises ValueError for bytes that are not a membership."""
         try:
             return cls(tuple(Member(**fields) for fields in json.loads(data)))
-        except (TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (TypeError, AttributeError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"not a membership: {data[:80]!r}") from error
 
 

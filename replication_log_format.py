@@ -303,5 +303,5 @@ def decode_identity(path: Path, data: bytes) -> Identity:
         if version != FORMAT_VERSION:
             raise UnknownFormatError(path, version)
         return Identity(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CorruptLogError(path, 0, f"not an identity: {error!r}") from error

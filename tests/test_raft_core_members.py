@@ -191,6 +191,21 @@ def test_learner_waits_for_its_vote_while_the_leadership_is_handed_over() -> Non
     assert core.membership == membership("abcd")
 
 
+def test_learner_that_holds_only_a_part_is_not_promoted() -> None:
+    """It answers at once, but a round of catching up ends where the log ended at its begin.
+
+    Source: thesis 4.2.1.
+    """
+    core = leader_with_learner()
+    before = core.log.last_index
+
+    acknowledge(core, "d", index=before - 1)
+    core.tick()
+
+    assert not core.membership.is_voter("d")
+    assert core.log.last_index == before
+
+
 def test_learner_that_does_not_answer_is_not_promoted() -> None:
     """A typo in its address must not cost the cluster a failure it could tolerate.
 

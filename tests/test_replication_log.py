@@ -348,7 +348,9 @@ def test_save_identity_when_reopened_then_it_is_back(tmp_path: Path) -> None:
         assert log.identity == IDENTITY
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"null", b"\xff", b"7"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b"null", b"\xff", b"7", b"[" * 100_000]
+)
 def test_open_when_identity_is_unreadable_then_refused(tmp_path: Path, content: bytes) -> None:
     """A member that does not know who it is must not vote as somebody else."""
     write_log(tmp_path, [entry(1)])
@@ -409,6 +411,26 @@ def test_append_when_it_returns_then_one_write_and_one_sync_were_made(tmp_path: 
         assert watched.take() == [("pwrite", name), ("fdatasync", name)]
         log.append(HardState(2, None), [])
         assert watched.take() == [("pwrite", name), ("fdatasync", name)]
+
+
+@pytest.mark.skipif(not hasattr(os, "RWF_DSYNC"), reason="Linux has it")
+def test_append_when_one_call_writes_and_syncs_then_each_write_asks_for_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's own disk gets no sync of its own then (fault-model M3)."""
+    flags, write = [], os.pwritev
+
+    def pwritev(fd: int, buffers: list[bytes], offset: int, flag: int = 0) -> int:
+        flags.append(flag)
+        return write(fd, [buffers[0][:50]], offset, flag)  # a short write, then the rest
+
+    with open_log(tmp_path, fsync=True) as log:
+        monkeypatch.setattr(os, "pwritev", pwritev)
+        log.append(VOTE, entries(1, 3))
+        log.append(None, [entry(4)])
+
+    assert len(flags) > 4
+    assert set(flags) == {os.RWF_DSYNC}
 
 
 def test_append_when_the_file_has_zeros_then_they_are_written_over(tmp_path: Path) -> None:

@@ -434,6 +434,7 @@ def test_open_when_whole_records_make_no_log_then_refused(tmp_path: Path) -> Non
         (HardState(2, "b" * 16), []),
         (HardState(1, None), []),
         (None, [Entry(4, 2, EntryKind.MEMBERSHIP, b"[{}]")]),
+        (None, [Entry(4, 2, EntryKind.MEMBERSHIP, b"[" * 100_000)]),
     ]
     write_log(tmp_path, entries(1, 2))
     append_raw(tmp_path, HardState(2, "a" * 16), [entry(3, term=2)])
