@@ -641,7 +641,8 @@ class Server:
                 me = self.node.membership.get(self.node.identity.member_id)
                 if me is not None and not self._is_at(me):
                     self._tell_new_address(me)
-                if self.node.has_primary:
+                # Who was removed, and starts from a state of later, hears a primary now and then.
+                if self.node.has_primary and me is not None:
                     lonely_since_s = time.monotonic()
                 lonely_s = time.monotonic() - lonely_since_s
                 is_long = lonely_s > 2 * self.settings.election_timeout_max_s

@@ -661,9 +661,7 @@ class RaftCore:
 
     def snapshot_started(self, member_id: MemberId) -> None:
         """A state is on its way to this follower; meanwhile ``append_for`` gives heartbeats."""
-        progress = self.progress.get(member_id)
-        if progress is not None:
-            progress.snapshot_due = False
+        self.progress[member_id].snapshot_due = False
 
     def snapshot_ended(self, member_id: MemberId, index: int | None) -> None:
         """This follower has installed the state at ``index``; None: the transfer has failed.

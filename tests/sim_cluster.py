@@ -50,10 +50,9 @@ STEPS = 4000
 KINDS = (*FAULTS, *NUISANCES, *WORKLOADS, "joins")
 # After the storm, in the longest election timeouts: until there is a leader, until all is equal.
 LEADER_TIMEOUTS = 5
-REST_TIMEOUTS = 10
+REST_TIMEOUTS = 15
 CHUNK_RETRY_TICKS = 8
 CHUNK_RETRIES_MAX = 5
-UPKEEP_TICKS = 10
 
 
 def _config(rng: random.Random) -> RaftConfig:
@@ -122,6 +121,7 @@ class Simulation(World):
         self.window_bytes_max = self.rng.choice((0, 600, 100_000))
         self.save_ticks = self.rng.choice((4, 15, 60, 1e9))  # the mean time between states saved
         self.tail_entries = self.rng.choice((0, 3, 20))  # kept in the log though the state has them
+        self.upkeep_ticks = self.rng.choice((10, 10, 1000))
         self.chunk_bytes = self.rng.choice((200, 1000, 10_000))
         drawn = self.rng.choice((1, 2, 3, 3, 3, 3, 5, 5, 5))
         self.names = "abcdefg"[: drawn if nodes is None else nodes]
@@ -285,12 +285,14 @@ class Simulation(World):
             if server.core.role is Role.LEADER or not server.core.is_writing:
                 server.core.tick()
             self._watch_disk(server)
-            server.lonely_ticks = 0 if server.core.leader_id else server.lonely_ticks + 1
+            # Who was removed, and starts from a state of later, hears a leader now and then.
+            is_led = server.core.leader_id and server.core.membership.get(server.name)
+            server.lonely_ticks = 0 if is_led else server.lonely_ticks + 1
             is_lonely = server.lonely_ticks > 2 * self.config.election_ticks_max
             if is_lonely and self.members.tell_if_removed(server):
                 return
             server.upkeep_ticks += 1
-            if server.upkeep_ticks % UPKEEP_TICKS == 0:
+            if server.upkeep_ticks % self.upkeep_ticks == 0:
                 self.clients.do_upkeep(server)
             self.after(server)
             self.at(server.tick_length, self._tick, server)
@@ -301,8 +303,8 @@ class Simulation(World):
         server.writing_ticks = server.writing_ticks + 1 if core.is_writing else 0
         hangs = server.writing_ticks > self.config.election_ticks_min
         core.may_campaign = not (hangs or server.is_distrusted)
-        if hangs and core.role is Role.LEADER:
-            self.counts["way given for a disk"] += 1
+        if hangs:
+            self.counts["way given for a disk"] += core.role is Role.LEADER
             core.give_way()
 
     def after(self, server: SimServer) -> None:
@@ -384,8 +386,13 @@ class Simulation(World):
             self.after(server)
 
     def _push(self, server: SimServer) -> None:
-        for peer in list(server.core.progress):
+        core = server.core
+        for peer in [*core.progress, *(n for n in self.servers if n not in core.progress)]:
             if self.chance(self.weather.late):
+                continue
+            # A link is told to look, or does so by itself.
+            is_told = self.chance(0.9)
+            if is_told and not core.wants_append(peer, commit_may_wait=self.chance(0.1)):
                 continue
             while peer not in server.reading:
                 append = server.core.append_for(peer)
@@ -405,8 +412,14 @@ class Simulation(World):
     def _read_disk(self, server: SimServer, peer: MemberId, wanted: EntriesOnDisk) -> None:
         if not server.up or self.sleeps(server, self._read_disk, server, peer, wanted):
             return
-        server.reading.discard(peer)
         entries = server.disk.read(wanted.first, wanted.last, self.config.append_bytes_max)
+        ticks = self._sync_ticks() if self.chance(0.3) else 0
+        self.at(ticks, self._send_read, server, peer, entries)
+
+    def _send_read(self, server: SimServer, peer: MemberId, entries: list[Entry]) -> None:
+        if not server.up or self.sleeps(server, self._send_read, server, peer, entries):
+            return
+        server.reading.discard(peer)
         append = server.core.append_with(peer, entries)
         if append is None:
             self.counts["read in vain"] += 1

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
-from raft_core import TransferRefusedError
+from raft_core import NotLeaderError, TransferRefusedError
 from tests.sim_world import CALM, HOUR_MS, SimClock
 
 if TYPE_CHECKING:
@@ -176,11 +176,12 @@ class Faults:
         cluster = self._cluster
         if cluster.weather is CALM or times == 0:
             return
-        for leader in cluster.leaders():
+        anyone = cluster.rng.choices([*cluster.servers.values()]) if cluster.servers else []
+        for leader in anyone if cluster.chance(0.1) else cluster.leaders():
             target = cluster.rng.choice((None, *self._names()))
             try:
                 leader.core.transfer_to(target)
-            except TransferRefusedError:
+            except (TransferRefusedError, NotLeaderError):
                 cluster.counts["transfers refused"] += 1
                 continue
             cluster.say(f"{leader.name} hands over to {leader.core.transfer_target}")

@@ -69,7 +69,7 @@ class Members:
             cluster.at(ASK_AGAIN_TICKS, self._join, newcomer)
 
     def tell_if_removed(self, server: SimServer) -> bool:
-        """It has not heard of a leader for long, and asks the others; if it was removed, it ends.
+        """It has belonged to nobody for long, and asks the others; if it was removed, it ends.
 
         Only one that no log can tell, since it never got the entry that added it: the others must
         hear it by their logs.
@@ -114,7 +114,8 @@ class Members:
     def remove_one(self) -> None:
         """Any member, which may be the leader; another server often comes for it."""
         cluster = self._cluster
-        for leader in cluster.leaders():
+        anyone = [s for s in cluster.servers.values() if s.core.membership.members]
+        for leader in cluster.leaders() if cluster.chance(0.9) else anyone:
             core = leader.core
             name = cluster.rng.choice(core.membership.members).member_id
             if self.lost or core.membership.objection_to_leaving(name):

@@ -73,7 +73,8 @@ class SimClock:
     """A server's wall clock: wrong by as much, and running as fast, as chance would have it."""
 
     def __init__(self, rng: random.Random) -> None:
-        self.skew_ms = rng.choice((0, 0, rng.randint(-3000, 3000), rng.choice((-1, 1)) * HOUR_MS))
+        skews_ms = (0, 3000, 30_000, HOUR_MS)
+        self.skew_ms = rng.choice((-1, 1)) * rng.choice(skews_ms)
         self.rate = rng.choice((1, 1, 0.5, 2))
 
     def now_ms(self, now_ticks: float) -> int:

@@ -593,7 +593,6 @@ def test_after_a_failed_transfer_the_follower_is_asked_anew() -> None:
 def test_transfer_of_an_earlier_leadership_ends_without_harm() -> None:
     """What it says of the follower is true all the same; a failure says nothing."""
     core = compacted_leader()
-    core.snapshot_started("z")
     core.snapshot_ended("z", 4)
     core.snapshot_ended("c", None)
     assert core.progress["c"].state is ProgressState.REPLICATE
