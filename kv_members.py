@@ -15,12 +15,13 @@ from typing import Final
 
 import kv_commands
 from kv_config import Settings
-from kv_errors import BadRequestError
+from kv_errors import BadRequestError, NoSpaceError
 from kv_store import KeyValueStore
 from kv_types import Reply
 from raft_node import RaftNode
 from raft_status import MemberStatus, NodeStatus
 from raft_types import Member, MemberId
+from state_db import StateDbError
 
 log = logging.getLogger(__name__)
 
@@ -223,9 +224,16 @@ def fail_over(node: RaftNode, argv: Argv) -> Reply:
 def backup(node: RaftNode) -> Iterator[bytes]:
     """A line of JSON, then the state in chunks, each after its length; the length 0 ends it.
 
-    Any node may be asked. It is the state that it saved a moment ago.
+    Any node may be asked. It is the state that it saved a moment ago. An error instead of all that
+    if the node's disk does not take the copy that is sent.
     """
-    reader = node.open_backup()
+    try:
+        reader = node.open_backup()
+    except (OSError, StateDbError) as error:
+        message = f"the state can't be copied: {error}"
+        refusal = {"status": "ERROR", "code": NoSpaceError.code, "message": message}
+        yield json.dumps(refusal).encode() + b"\n"
+        return
     try:
         header = reader.header
         fields = {

@@ -11,7 +11,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -301,16 +301,19 @@ def test_restore_when_it_dies_at_a_step_then_the_same_command_goes_on(
     )
     assert died.returncode == -signal.SIGKILL, died.stderr.decode()
 
-    with (tmp_path / "log").open("wb") as log:
+    with serving(command, port, tmp_path / "log") as connection:
+        alone.writes.check(connection.ask)
+
+
+@contextlib.contextmanager
+def serving(command: Sequence[str], port: int, path: Path) -> Iterator[RespConnection]:
+    """A connection to a node alone, once it leads; it logs to ``path``."""
+    with path.open("wb") as log:
         process = psutil.Popen(command, stdout=log, stderr=log)
     try:
-        eventually(
-            lambda: is_primary(("127.0.0.1", port)),
-            "it serves",
-            explain=(tmp_path / "log").read_text,
-        )
+        eventually(lambda: is_primary(("127.0.0.1", port)), "it serves", explain=path.read_text)
         with RespConnection(("127.0.0.1", port)) as connection:
-            alone.writes.check(connection.ask)
+            yield connection
     finally:
         process.kill()
         process.wait()

@@ -10,6 +10,8 @@ import os
 import random
 import secrets
 import signal
+import subprocess
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -20,6 +22,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster_nodes import free_ports
 from kv_store import KeyValueStore
 from kv_types import Reply
 from raft_snapshots import fit_log, snapshot_of
@@ -40,6 +43,7 @@ from tests.test_crash_points import (
     SERVER,
     SMALL_LOG,
     Writes,
+    serving,
 )
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -311,6 +315,37 @@ def test_disk_when_power_is_lost_while_a_state_is_installed_then_the_node_starts
         fill(cluster.node(victim).directory, left)
         powered.start(victim)
         assert cluster.in_step()["keys"] == writes.done * BATCH
+
+
+FOUND = [
+    *("create-synced", "create-renamed", "save_identity before rename"),
+    *("save_identity before fsync", "append before fdatasync", "save_identity before rename 2"),
+    *("save_identity before fsync 2", "_create_segment before fsync", "vote before fdatasync"),
+]
+
+
+@pytest.mark.skipif(not EVERY_POINT, reason="runs with `make crash-points`")
+@pytest.mark.parametrize("point", FOUND)
+def test_founding_when_power_is_lost_at_a_step_then_the_same_command_founds_it(
+    environment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, point: str
+) -> None:
+    """Whatever is left of a directory that was begun is nobody's yet, or finished."""
+    chance, seed = seeded(point)
+    port, peer_port = free_ports(2)
+    directory = tmp_path / "data"
+    here = [f"--port={port}", f"--peer-port={peer_port}", f"--join=127.0.0.1:{port}"]
+    command = [sys.executable, str(SERVER), "--primary", *here, f"--data-dir={directory}"]
+    monkeypatch.setenv("KV_POWER_PREFIX", str(directory))
+    with subprocess.Popen(
+        command, env={**os.environ, VARIABLE: point}, stderr=subprocess.DEVNULL
+    ) as process:
+        assert process.wait(PATIENCE_S) == -signal.SIGKILL
+    disk = seen(directory, {}, environment / str(process.pid))
+
+    for _ in range(IMAGES):
+        fill(directory, disk.after_loss(chance))
+        with serving(command, port, tmp_path / "log") as connection:
+            assert connection.ask("SET", "k", "v") == "OK", seed
 
 
 def test_disks_when_nothing_is_synced_then_the_loss_is_seen(

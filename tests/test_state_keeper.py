@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import json
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NoReturn
 import pytest
 
 import raft_snapshots
+from kv_members import backup
 from kv_store import KeyValueStore, Slice
 from raft_snapshots import StateKeeper
 from raft_types import Identity, MemberId, Message, Snapshot, SnapshotChunk, SnapshotOutcome
@@ -110,6 +112,19 @@ def test_sending_when_the_disk_has_no_room_for_the_copy_then_it_is_tried_again(
     kept.keeper.lead(0)
     kept.keeper.stop()
     thread.join()
+
+
+def test_backup_when_the_disk_has_no_room_for_the_copy_then_it_is_refused(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the reason, where a connection that just ends would leave the manager to guess."""
+    monkeypatch.setattr(kept.state, "open_snapshot", no_room)
+
+    (line,) = backup(kept.keeper)  # type: ignore[arg-type]  # which the node would ask
+
+    answer = json.loads(line)
+    assert (answer["status"], answer["code"]) == ("ERROR", "NO_SPACE")
+    assert "no room" in answer["message"]
 
 
 def test_receiving_when_no_file_can_be_made_then_the_leader_is_told(
