@@ -159,12 +159,14 @@ class Session:
         *,
         deliver: Callable[[bytes, Iterator[bytes] | None, Callable[[], None]], None],
         stop_reading: Callable[[], None],
+        is_gone: Callable[[], bool],
     ) -> None:
         """``deliver(replies, more, sent)`` sends from any thread without waiting.
 
         Then it sends what ``more`` gives, if anything, on a thread that may wait, and in the end
         it calls ``sent``.
-        ``stop_reading`` lets the client's thread see the end of its requests.
+        ``stop_reading`` lets the client's thread see the end of its requests. ``is_gone`` says
+        whether the client has closed its side.
         """
         self.service = service
         self.node = service.node
@@ -172,6 +174,7 @@ class Session:
         self.id = next(service.ids)
         self.peer = peer
         self.stop_reading = stop_reading
+        self._is_gone = is_gone
         self.name = b""
         self.protocol = 2
         self.reads_stale = False
@@ -630,8 +633,10 @@ class Session:
         wanted, timeout_ms = kv_commands.parse_int(argv[1]), kv_commands.parse_int(argv[2])
         if timeout_ms < 0:
             raise BadRequestError("timeout is negative")
-        # 0 means "for ever" to Redis; a thread of ours waits an hour at most.
+        # 0 means "for ever" to Redis; a thread of ours waits an hour at most. And, as with Redis, only
+        # while its client is there: those who come, ask and go must not gather.
         deadline_s = time.monotonic() + (timeout_ms / 1000 if timeout_ms else 3600.0)
+        pause_s = 0.001
         while True:
             status = self.node.status()
             if status.role != "PRIMARY":
@@ -643,9 +648,10 @@ class Session:
                 and not m.is_primary
                 and (m.match_index or 0) >= self.last_write_index
             )
-            if held >= wanted or time.monotonic() >= deadline_s:
+            if held >= wanted or time.monotonic() >= deadline_s or self._is_gone():
                 return held
-            time.sleep(0.001)
+            time.sleep(pause_s)
+            pause_s = min(1.2 * pause_s, 0.05)
 
     def _info(self, argv: Argv) -> Reply:
         wanted = {arg.lower().decode(errors="replace") for arg in argv[1:]}

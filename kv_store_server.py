@@ -123,6 +123,7 @@ class ClientHandler(socketserver.BaseRequestHandler):
             f"{host}:{port}",
             deliver=self._deliver,
             stop_reading=lambda: _stop_reading(sock),
+            is_gone=lambda: _is_gone(sock),
         )
         self.fd = sock.fileno()
         # Released by ``read-clients`` when this thread is to go on.
@@ -231,6 +232,13 @@ def _stop_reading(sock: socket.socket) -> None:
     # What has arrived is still read and answered; then the client's thread sees the end.
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RD)
+
+
+def _is_gone(sock: socket.socket) -> bool:
+    """Whether the other side will send no more, though what it sent may be unread."""
+    watch = select.poll()
+    watch.register(sock, select.POLLRDHUP)
+    return bool(watch.poll(0))
 
 
 def _close_gently(sock: socket.socket) -> None:

@@ -840,6 +840,20 @@ def test_connection_when_dropped_at_any_byte_then_nothing_of_it_stays(single: Cl
     baseline.check()
 
 
+def test_wait_when_its_client_has_gone_then_nothing_waits_for_it(single: Cluster) -> None:
+    """Else threads of an hour would gather, of who asks and goes (found by fuzzing)."""
+    address = single.address("node1")
+    baseline = Baseline(single)
+
+    for timeout_ms in ("0", "65535", "9" * 18):
+        for _ in range(5):
+            with socket.create_connection(address, timeout=10) as sock:
+                sock.sendall(_as_resp(["WAIT", "3", timeout_ms]) + _as_resp(["PING"]))
+        assert exchange(address, _as_resp(["WAIT", "3", timeout_ms])) == b":0\r\n"
+
+    baseline.check()
+
+
 def test_slow_senders_when_many_then_others_are_served_at_once(single: Cluster) -> None:
     """Connections that say next to nothing cost a thread each, and nobody else anything."""
     address = single.address("node1")
