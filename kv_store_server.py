@@ -693,6 +693,9 @@ class Server:
         identity = self.node.identity
         for member in self.node.membership.members:
             answer = _ask((member.host, member.port), "CLUSTER")
+            if answer is not None and isinstance(primary := answer.get("primary"), dict):
+                # Which may have joined since: then this node does not know it by itself.
+                answer = _ask((primary["host"], primary["port"]), "CLUSTER")
             if (
                 answer is not None
                 and answer.get("cluster_id") == identity.cluster_id

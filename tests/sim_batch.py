@@ -30,7 +30,8 @@ TRACED_CHUNK = 5  # seeds that a process traces
 # What can't be taken unless the driver or the core is wrong, with the reason.
 UNREACHABLE = [
     r'raise TypeError\(f"not a message for the core',  # the driver takes HashReports out
-    "raise IndexError",  # of the log: the core asks for no entry that it does not hold
+    # Of the log: the core asks for no entry that it does not hold.
+    "if not self.first_index - 1 <= index <= self.last_index:",
 ]
 
 
@@ -106,6 +107,7 @@ def main() -> int:
     began = time.monotonic()
     counts: Counter[str] = Counter()
     failures: list[str] = []
+    ended = 0
     with tempfile.TemporaryDirectory(prefix="sim-") as directory:
         with Progress() as progress:
             bar = progress.add_task(f"{args.seeds} seeds x {args.steps} steps", total=args.seeds)
@@ -115,6 +117,10 @@ def main() -> int:
                     progress.console.print(failure, markup=False, highlight=False)
                 failures += failed
                 progress.advance(bar, done)
+                ended += done
+                if not progress.console.is_terminal and ended % 50 < done:
+                    sys.stdout.write(f"{ended} of {args.seeds} seeds\n")
+                    sys.stdout.flush()
         for what, times in sorted(counts.items()):
             sys.stdout.write(f"{times:12,d} {what}\n")
         percent = 100.0

@@ -52,6 +52,7 @@ KINDS = (*FAULTS, *NUISANCES, *WORKLOADS, "joins")
 LEADER_TIMEOUTS = 5
 REST_TIMEOUTS = 15
 CHUNK_RETRY_TICKS = 8
+LEAVING_TICKS = 30
 CHUNK_RETRIES_MAX = 5
 
 
@@ -101,6 +102,7 @@ class SimServer(Watched):
         self.writing_ticks = 0
         self.is_distrusted = False  # its state machine differs from the others'
         self.upkeep_ticks = 0
+        self.is_leaving = False  # it has heard that it was removed
         self.lonely_ticks = 0  # since it knew a leader
 
 
@@ -317,9 +319,9 @@ class Simulation(World):
             if server.role is Role.LEADER:
                 self.clients.leadership_lost(server)
         self.invariants.observe(server)
-        if core.is_removed:
-            self.retire(server)
-            return
+        if core.is_removed and not server.is_leaving:
+            server.is_leaving = True
+            self.at(self.rng.uniform(0, LEAVING_TICKS), self.retire, server)
         for dropped in core.take_dropped():
             self.say(f"{server.name} drops learner {dropped.node_id}")
             self.counts["learners dropped"] += 1
@@ -336,6 +338,8 @@ class Simulation(World):
 
     def retire(self, server: SimServer) -> None:
         """It has heard that it is no member any more."""
+        if not server.up:
+            return
         self.say(f"{server.name} has heard that it was removed, and ends")
         self.counts["removals heard"] += 1
         self.retired.add(server.name)
@@ -413,7 +417,7 @@ class Simulation(World):
         if not server.up or self.sleeps(server, self._read_disk, server, peer, wanted):
             return
         entries = server.disk.read(wanted.first, wanted.last, self.config.append_bytes_max)
-        ticks = self._sync_ticks() if self.chance(0.3) else 0
+        ticks = self.rng.uniform(0, 20) if self.chance(0.3) and self.weather is not CALM else 0
         self.at(ticks, self._send_read, server, peer, entries)
 
     def _send_read(self, server: SimServer, peer: MemberId, entries: list[Entry]) -> None:
@@ -576,7 +580,10 @@ class Simulation(World):
             self._send_chunk(server, peer, sending, CHUNK_RETRIES_MAX)
 
     def _on_chunk(self, server: SimServer, chunk: SnapshotChunk) -> None:
-        if chunk.term != server.core.term or server.installing:
+        if chunk.term != server.core.term:
+            server.core.answer_chunk(chunk, 0, SnapshotOutcome.REFUSED)  # which it does not send
+            return
+        if server.installing:
             return
         result = server.receiving.take(chunk, self.invariants.entries_of(chunk.snapshot_id))
         if not isinstance(result, SimState):

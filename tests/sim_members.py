@@ -71,13 +71,14 @@ class Members:
     def tell_if_removed(self, server: SimServer) -> bool:
         """It has belonged to nobody for long, and asks the others; if it was removed, it ends.
 
-        Only one that no log can tell, since it never got the entry that added it: the others must
-        hear it by their logs.
+        Only one that no log can tell, since it never got the entry that added it, or does not ask
+        who leads now for a vote: the others must hear it by their logs.
         """
         cluster, name = self._cluster, server.name
-        if server.core._memberships.admitted_index is not None:
-            return False
         for leader in cluster.leaders():
+            is_member = server.core._memberships.admitted_index is not None
+            if is_member and server.core.membership.is_voter(leader.name):
+                continue
             is_cut = cluster.network.is_cut(name, leader.name)
             _, members = leader.core.membership_at(leader.core.commit_index)
             if name in cluster.invariants.removed and not is_cut and members.get(name) is None:

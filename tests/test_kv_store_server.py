@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -29,6 +30,7 @@ from cluster_nodes import free_ports
 from kv_commands import crc16_slot
 from kv_config import Address
 from kv_errors import KVError, NoPrimaryError, NotPrimaryError, OutcomeUnknownError
+from raft_types import Identity, Member, Membership
 from tests.cluster import (
     SHORT_TIMERS,
     Cluster,
@@ -957,3 +959,21 @@ def test_peer_port_when_strangers_speak_then_the_node_goes_on(single: Cluster) -
             receive_all(sock)
     assert single.ask("node1", "SET k v")["status"] == "OK"
     baseline.check()
+
+
+def test_removed_node_when_the_primary_joined_after_it_left_then_a_secondary_names_the_primary(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only a primary's word counts, and this node's own list of members may be older than it."""
+    members = [{"member_id": "00000000000000bb"}, {"member_id": "00000000000000cc"}]
+    primary = {"node_id": "c", "host": "127.0.0.1", "port": 3}
+    common = {"cluster_id": "x", "primary": primary, "members": members}
+    nodes = {2: {**common, "role": "SECONDARY"}, 3: {**common, "role": "PRIMARY"}}
+    monkeypatch.setattr(kv_store_server, "_ask", lambda address, line: nodes.get(address[1]))
+    known = Membership((Member("00000000000000bb", "b", "127.0.0.1", 2, 12, voter=True),))
+    server = Mock(spec=kv_store_server.Server)
+    server.node = Mock(membership=known, identity=Identity("x", "00000000000000aa", "a"))
+
+    assert kv_store_server.Server._others_removed_me(server)
+    members.append({"member_id": "00000000000000aa"})
+    assert not kv_store_server.Server._others_removed_me(server)
