@@ -198,8 +198,7 @@ def test_node_when_a_client_removes_it_then_it_exits_with_79_and_is_not_restarte
     answer = cluster.ask(cluster.primary(), f"MEMBER REMOVE {victim}")
 
     assert answer["status"] == "OK"
-    cluster.eventually(lambda: cluster.process(victim) is None, "the removed node ends")
-    [event] = cluster.manager.watch()
+    [event] = cluster.eventually(cluster.manager.watch, "the removed node ends")
     assert event.startswith(f"{victim} exited with status {EXIT_REMOVED}: it was removed")
     assert cluster.manager.watch() == []
     assert cluster.manager.status().row(victim).removed

@@ -949,7 +949,7 @@ def test_disk_when_the_primarys_hangs_then_another_leads(
     answers.set()
     writer.join(PATIENCE_S)
     trio.await_applied(index)
-    assert not old.status.trouble
+    eventually(lambda: not old.status.trouble, "it notices that the disk answers again")
     assert old.status.role is NodeRole.SECONDARY
 
 
