@@ -6,7 +6,7 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-all sim bench soak mutants fuzz crash-points power-loss
+.PHONY: help check test test-all sim bench soak mutants fuzz chaos chaos-smoke crash-points power-loss
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -28,6 +28,12 @@ mutants:  ## stores that are broken on purpose: does every one get caught?
 SECONDS ?= 300
 fuzz:  ## changed bytes at every door, for five minutes or SECONDS=60
 	$(PYTHON) -m tests.fuzz --seconds $(SECONDS)
+
+chaos:  ## real nodes while everything around them fails: each class of faults for a minute
+	$(PYTHON) -m tests.chaos --class all --seconds 60
+
+chaos-smoke:  ## the five classes that tell most, ten seconds each
+	$(PYTHON) -m tests.chaos --class kill,pause,partition,snapshot,transfer --seconds 10
 
 crash-points:  ## a node dies at every step between two things it does to its disk, with power lost there; full disks
 	KV_TEST_EVERY_POINT=1 $(PYTHON) -m pytest tests/test_crash_points.py tests/test_disk_trouble.py tests/test_power_loss.py -v

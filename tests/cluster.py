@@ -232,9 +232,10 @@ class Cluster:
             mark = json.loads(self.node(node_id).pid_file.read_bytes())
             process = psutil.Process(mark["pid"])
             runs = process.status() != psutil.STATUS_ZOMBIE
+            # Raises as well if it has become a zombie since.
+            return process if runs and f"--node-id={node_id}" in process.cmdline() else None
         except (FileNotFoundError, psutil.NoSuchProcess):
             return None
-        return process if runs and f"--node-id={node_id}" in process.cmdline() else None
 
     def client(self, timeout_s: float = PATIENCE_S) -> KVStoreClient:
         """A client that knows all nodes and rides out failovers."""

@@ -1,0 +1,282 @@
+"""The chaos runs in short, the network that they use, and that a broken store does not get through.
+
+The long ones are `make chaos`. Here the five classes that tell most have a few seconds each.
+"""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from cluster_manager import SERVER_SCRIPT
+from cluster_nodes import free_ports
+from raft_frames import Hello, encode_handshake
+from tests.chaos import Result, run
+from tests.chaos_faults import CLASSES, CUT, FaultClass, Stage, transfer_unheard
+from tests.chaos_links import CLIENT, INSIDE, OUTSIDE, Network, Weather
+from tests.cluster import eventually
+
+SMOKE = ("kill", "pause", "partition", "snapshot", "transfer")
+SMOKE_S = 4.0
+BROKEN_S = 2.0
+SEED = 7
+
+
+def told(result: Result) -> str:
+    return "\n".join([f"kept in {result.kept}", *result.problems, *result.doubts])
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SMOKE)
+def test_cluster_when_chaos_reigns_then_clients_see_one_store(name: str) -> None:
+    """Every answer that was given is explained, and nothing acknowledged is lost."""
+    (fault,) = (fault for fault in CLASSES if fault.name == name)
+
+    result = run(fault, SMOKE_S, SEED)
+
+    assert result.verdict == "passed", told(result)
+
+
+# ---- What must not pass ------------------------------------------------------------------------
+
+
+def cut_off_primary(stage: Stage) -> None:
+    primary = stage.cluster.primary()
+    stage.weather("cut", stage.both_ways([primary], stage.cluster.node_ids), CUT)
+    stage.hold(2.5, 3.0)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_store_that_answers_before_it_replicates_does_not_pass() -> None:
+    """What a primary acknowledged by itself is lost when it is cut off, and that is seen."""
+    result = run(
+        FaultClass("cut off", (cut_off_primary,)),
+        BROKEN_S,
+        SEED,
+        server_args=("--replication", "async"),
+    )
+
+    assert result.verdict == "FAILED", told(result)
+    assert any("not linearizable" in problem or "lost" in problem for problem in result.problems)
+    assert result.kept is not None
+    assert (result.kept / "history.jsonl").stat().st_size > 0
+    shutil.rmtree(result.kept)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_store_whose_primary_answers_reads_by_itself_does_not_pass(tmp_path: Path) -> None:
+    """M6: one that has not heard yet that it was replaced answers what it has."""
+    for source in SERVER_SCRIPT.parent.glob("*.py"):
+        shutil.copy(source, tmp_path)
+    node = tmp_path / "raft_node.py"
+    sound = "if self._lease.is_valid() and core.committed_in_own_term:"
+    text = node.read_text()
+    assert text.count(sound) == 1
+    node.write_text(text.replace(sound, "if core.committed_in_own_term:"))
+
+    result = run(
+        FaultClass("unheard", (transfer_unheard,)),
+        BROKEN_S,
+        SEED,
+        server_script=tmp_path / SERVER_SCRIPT.name,
+    )
+
+    assert result.verdict == "FAILED", told(result)
+    assert any("acknowledged before" in p or "linearizable" in p for p in result.problems)
+    assert result.kept is not None
+    shutil.rmtree(result.kept)
+
+
+# ---- The network -------------------------------------------------------------------------------
+
+
+class Echo:
+    """A node that sends back what it gets."""
+
+    def __init__(self, port: int) -> None:
+        self.listener = socket.create_server((INSIDE, port))
+        self.accepted: list[socket.socket] = []
+
+    def accept(self) -> socket.socket:
+        self.listener.settimeout(5.0)
+        sock, _ = self.listener.accept()
+        sock.settimeout(5.0)
+        self.accepted.append(sock)
+        return sock
+
+    def close(self) -> None:
+        for sock in (self.listener, *self.accepted):
+            sock.close()
+
+
+PEER_PORT_OFFSET = 10_000
+
+
+class Place:
+    """A network with one node behind it."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self.stack = stack
+        self.network = Network(1)
+        stack.callback(self.network.close)
+        (self.port,) = free_ports(1)
+        self.node = Echo(self.port)
+        self.peers = Echo(self.port + PEER_PORT_OFFSET)
+        stack.callback(self.node.close)
+        stack.callback(self.peers.close)
+        self.network.serve("b", self.port, self.port + PEER_PORT_OFFSET)
+
+    def dial(self, port: int) -> socket.socket:
+        def connected() -> socket.socket | None:
+            try:
+                return socket.create_connection((OUTSIDE, port), timeout=5.0)
+            except ConnectionRefusedError:
+                return None
+
+        return self.stack.enter_context(eventually(connected, "the port is open"))
+
+    def link(self, sender: str) -> tuple[socket.socket, socket.socket]:
+        """A connection from a node of that name to b: both ends, after the first frame."""
+        hello = Hello("a" * 16, "b" * 16, "c" * 16, "d" * 16, False, sender)
+        caller = self.dial(self.port + PEER_PORT_OFFSET)
+        frame = encode_handshake(hello)
+        for byte in frame:  # however it comes
+            caller.sendall(bytes([byte]))
+        callee = self.peers.accept()
+        assert exactly(callee, len(frame)) == frame
+        return caller, callee
+
+
+def exactly(sock: socket.socket, count: int) -> bytes:
+    data = b""
+    while len(data) < count and (piece := sock.recv(count - len(data))):
+        data += piece
+    return data
+
+
+def frame_of(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    """A network with one node behind it, which is called b."""
+    with ExitStack() as stack:
+        yield Place(stack)
+
+
+def test_network_when_the_weather_is_fair_carries_all_bytes_both_ways(place: Place) -> None:
+    client = place.dial(place.port)
+    node = place.node.accept()
+    data = bytes(range(256)) * 1000
+
+    client.sendall(data)
+    assert exactly(node, len(data)) == data
+    node.sendall(data)
+    assert exactly(client, len(data)) == data
+    client.close()
+    assert node.recv(1) == b""
+
+
+def test_network_when_a_link_is_cut_then_the_others_are_not_and_it_comes_late(
+    place: Place,
+) -> None:
+    """Directed: from a to b is dead, from c to b is well."""
+    from_a, at_b = place.link("a")
+    from_c, at_b_too = place.link("c")
+
+    place.network.change([("a", "b")], Weather(cut=True))
+    from_a.sendall(frame_of(b"late"))
+    from_c.sendall(frame_of(b"now"))
+
+    assert exactly(at_b_too, 7) == frame_of(b"now")
+    at_b.settimeout(0.1)
+    with pytest.raises(TimeoutError):
+        at_b.recv(1)
+    place.network.heal()
+    at_b.settimeout(5.0)
+    assert exactly(at_b, 8) == frame_of(b"late")
+
+
+def test_network_when_frames_are_lost_then_whole_ones(place: Place) -> None:
+    caller, callee = place.link("a")
+
+    place.network.change([("a", "b")], Weather(lose=1.0))
+    caller.sendall(frame_of(b"lost") + frame_of(b"cut")[:5])
+    for _ in range(2):  # the second order comes after all that had arrived at the first one
+        place.network.change([], Weather())
+    place.network.change([("a", "b")], Weather(repeat=1.0))
+    caller.sendall(b"ut")
+
+    assert exactly(callee, 14) == frame_of(b"cut") * 2
+
+
+def test_network_when_it_delays_then_it_takes_that_long(place: Place) -> None:
+    client = place.dial(place.port)
+    node = place.node.accept()
+
+    place.network.change([(CLIENT, "b")], Weather(delay_s=0.2))
+    began = time.monotonic()
+    client.sendall(b"x")
+    assert exactly(node, 1) == b"x"
+
+    assert time.monotonic() - began >= 0.2
+
+
+def test_network_when_connections_are_reset_or_half_open_then_the_ends_see_that(
+    place: Place,
+) -> None:
+    first, second = place.dial(place.port), place.dial(place.port)
+    ends = {sock.getpeername(): sock for sock in (place.node.accept(), place.node.accept())}
+
+    place.network.half_open(lambda link: link == (CLIENT, "b"))
+    first.sendall(b"into the void")
+    assert [end.recv(1) for end in ends.values()] == [b"", b""]
+    third = place.dial(place.port)
+    place.node.accept()
+    place.network.reset(lambda link: link == (CLIENT, "b"))
+
+    for sock in (first, second, third):
+        with pytest.raises(ConnectionResetError):
+            sock.recv(1)
+
+
+def test_network_when_the_node_is_gone_then_it_refuses_until_it_is_back(place: Place) -> None:
+    """The evidence by which a peer knows that the process has died."""
+    place.dial(place.port)
+    place.node.accept()
+    place.node.close()
+    with pytest.raises(ConnectionResetError):
+        place.dial(place.port).recv(1)
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection((OUTSIDE, place.port), timeout=5.0)
+
+    place.node = Echo(place.port)
+    place.stack.callback(place.node.close)
+
+    client = place.dial(place.port)
+    client.sendall(b"x")
+    assert exactly(place.node.accept(), 1) == b"x"
+
+
+# ---- The verdict -------------------------------------------------------------------------------
+
+
+def test_result_when_there_are_problems_or_doubts_is_no_pass() -> None:
+    assert Result("a", 1).verdict == "passed"
+    assert Result("a", 1, doubts=["too little traffic"]).verdict == "INVALID"
+    assert Result("a", 1, doubts=["undecided"], problems=["lost"]).verdict == "FAILED"
+    statuses = {
+        Result("a", 1, doubts=["d"]).exit_status,
+        Result("a", 1, problems=["p"]).exit_status,
+    }
+    assert statuses == {1, 2}
