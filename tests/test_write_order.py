@@ -33,6 +33,7 @@ WRITES = 20
 
 _BEGIN = re.compile(r"^(\d+) +(\d+\.\d+) (\w+)\((.*)$")
 _RESUMED = re.compile(r"^(\d+) +(\d+\.\d+) <\.\.\. \w+ resumed>")
+_TOOK = re.compile(r"<(\d+\.\d+)>$")
 _TEXT = re.compile(r'"((?:\\x[0-9a-f]{2})*)"')
 
 
@@ -73,11 +74,11 @@ def calls_of(path: Path) -> Iterator[Call]:
                 continue
         elif not (found := _RESUMED.match(line)):
             continue
-        thread, took = found[1], line.rpartition("<")[2]
-        if thread not in begun or not took.endswith(">"):
-            continue  # it was under way at the beginning, or at the end
+        thread, took = found[1], _TOOK.search(line)
+        if thread not in begun or took is None:
+            continue  # it was under way at the beginning, or at the end ("<detached ...>")
         name, begin, begin_s, arguments = begun.pop(thread)
-        yield Call(name, begin, begin_s, place, begin_s + float(took[:-1]), arguments)
+        yield Call(name, begin, begin_s, place, begin_s + float(took[1]), arguments)
 
 
 class Written(NamedTuple):
