@@ -89,8 +89,8 @@ class SnapshotDue:
     needed_index: int
 
 
-# Attempts with the short pause after the leader's death, before falling back to the timeout.
-DEAD_LEADER_ATTEMPTS_MAX = 5
+# Attempts with a short pause after the leader's death, before falling back to the timeout.
+DEAD_LEADER_ATTEMPTS_MAX = 4
 
 
 class RaftCore:
@@ -127,11 +127,13 @@ class RaftCore:
         self.commit_index = commit_index
         self.may_campaign = True
         self._messages: list[Message] = []
+        self._notices: list[str] = []
         self._ready_out: Ready | None = None
         self._log_base: tuple[int, int] | None = None  # for the next Ready
         self._votes: dict[MemberId, bool] = {}
         self._now_ticks = 0
-        self._dead_leader_attempts = 0  # left with the short pause
+        self._dead_leader_attempts = 0  # left with a short pause
+        self._dead_leader_rank = 0  # how many of the others stand before this server
         # Ticks since a leader was heard, a vote was granted or a campaign began.
         self._election_elapsed_ticks = 0
         self._election_timeout_ticks = 0
@@ -139,9 +141,9 @@ class RaftCore:
         if self.membership.voters == (member_id,):
             self._election_timeout_ticks = 1  # no other leader can be alive: work at once
         # Of the leader.
-        self._followers = Followers(member_id, config)
+        self._followers = Followers(member_id, config, self._notices)
         self.progress = self._followers.progress
-        self.truncated_count = 0  # entries this server ever had to give up, for the driver's log
+        self.truncated_count = 0  # entries this server ever had to give up
         self._heartbeat_elapsed_ticks = 0
         self._term_first_index = 0  # the index of this leadership's no-op
         self._uncommitted: deque[tuple[int, int]] = deque()  # (last index, bytes) by proposal
@@ -200,19 +202,25 @@ class RaftCore:
         self._election_elapsed_ticks = 0
         low, high = self.config.election_ticks_min, self.config.election_ticks_max
         if self._dead_leader_attempts > 0:
-            scale = 1 << (DEAD_LEADER_ATTEMPTS_MAX - self._dead_leader_attempts)
-            low = min(self.config.dead_leader_ticks_min * scale, low)
-            high = min(self.config.dead_leader_ticks_max * scale, high)
+            failed = DEAD_LEADER_ATTEMPTS_MAX - self._dead_leader_attempts
+            wait = self.config.dead_leader_vote_ticks if failed else 0
+            # All learn of the death at one time. Were chance alone to keep them apart, a vote that
+            # takes long, as on a busy machine, would be split again and again.
+            apart = self.config.dead_leader_ticks << failed
+            wait += self._dead_leader_rank * apart
+            low, high = min(low, wait + apart // 5), min(high, wait + apart // 2)
         self._election_timeout_ticks = self._rng.randint(low, high)
 
     def leader_died(self, member_id: MemberId) -> None:
         """There is evidence that this member's process is gone, not merely silent.
 
         If it led, this server no longer waits out the timeout, nor holds others to it: a campaign
-        follows after a short random pause. Safety does not rest on the evidence.
+        follows after a short pause. Safety does not rest on the evidence.
         """
         if self.role is not Role.LEADER and self.leader_id == member_id:
             self.leader_id = None
+            others = set(self.membership.voters) - {member_id}
+            self._dead_leader_rank = sum(other < self.member_id for other in others)
             self._dead_leader_attempts = DEAD_LEADER_ATTEMPTS_MAX
             self._reset_election_timer()
 
@@ -484,10 +492,15 @@ class RaftCore:
 
     def _truncate_from(self, index: int) -> None:
         assert index > self.commit_index, "a committed entry must never be replaced"
-        self.truncated_count += self.log.last_index - index + 1
+        self._note_truncated(self.log.last_index - index + 1)
         self.log.truncate_from(index)
         self._memberships.truncate_from(index)
         self._use_latest_membership()
+
+    def _note_truncated(self, count: int) -> None:
+        if count > 0:
+            self.truncated_count += count
+            self._notices.append(f"rolled back entries={count}")
 
     def _refuse_append(self, request: AppendEntries, hint_index: int, hint_term: int) -> None:
         self._messages.append(
@@ -514,7 +527,7 @@ class RaftCore:
         progress.acked_round = max(progress.acked_round, message.round)
         if message.success:
             assert message.match_index <= self.log.last_index
-            if progress.matched(message.match_index):
+            if progress.matched(message.match_index, self.round):
                 self._advance_commit()
                 self._go_on_with_transfer()
         elif message.prev_index > progress.match_index and (
@@ -527,6 +540,8 @@ class RaftCore:
             # Refused, and not by a stale answer: back up to where terms can agree.
             agreed = self.log.last_index_up_to_term(message.hint_index, message.hint_term)
             self._probe_from(progress, agreed + 1)
+        elif message.prev_index <= progress.match_index and message.round > progress.matched_round:
+            self._followers.note_loss(message.sender, self.membership)
         self._finish_read_round()
 
     def _probe_from(self, progress: Progress, next_index: int) -> None:
@@ -673,7 +688,7 @@ class RaftCore:
             return
         if index is not None:
             assert index <= self.commit_index
-            progress.matched(index)
+            progress.matched(index, self.round)
         if progress.state is ProgressState.SNAPSHOT:
             last = self.log.last_index if index is None else progress.match_index
             self._probe_from(progress, last + 1)
@@ -718,7 +733,7 @@ class RaftCore:
             self._memberships.restore(snapshot, index)
         else:
             assert self.role is not Role.LEADER, "a committed entry is missing"
-            self.truncated_count += max(0, self.log.last_index - index)
+            self._note_truncated(self.log.last_index - index)
             self.log.reset(index, term)
             self._log_base = (index, term)
             self._memberships.truncate_from(index + 1)
@@ -859,10 +874,16 @@ class RaftCore:
         """
         return not self._has_vote and self._memberships.is_removed(self.commit_index)
 
-    def take_dropped(self) -> list[Member]:
-        """The learners that this leader has given up since the last call."""
-        dropped, self._followers.dropped = self._followers.dropped, []
-        return dropped
+    @property
+    def troubles(self) -> list[str]:
+        """What is wrong with this leader's followers, for a person."""
+        return self._followers.troubles(self.membership)
+
+    def take_notices(self) -> list[str]:
+        """What a person should know, since the last call."""
+        notices = self._notices[:]
+        self._notices.clear()
+        return notices
 
     def _use_latest_membership(self) -> None:
         self.membership = self._memberships.latest

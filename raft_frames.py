@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from enum import IntEnum
+from functools import lru_cache
 from operator import attrgetter
 from typing import Final
 
@@ -146,6 +147,7 @@ _BODY_BY_CLASS = {body.message: body for body in _FIXED_BODIES}
 _BODY_BY_TYPE = {int(body.frame_type): body for body in _FIXED_BODIES}
 
 
+@lru_cache(maxsize=256)
 def _raw(hex_id: str) -> bytes:
     raw = bytes.fromhex(hex_id)
     assert len(raw) == 8, f"not an id: {hex_id!r}"

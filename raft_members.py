@@ -17,13 +17,14 @@ from raft_types import Member, MemberId, Membership, RaftConfig
 class Followers:
     """All who receive the log in the current leadership; times are the leader's ticks."""
 
-    def __init__(self, member_id: MemberId, config: RaftConfig) -> None:
+    def __init__(self, member_id: MemberId, config: RaftConfig, notices: list[str]) -> None:
+        """``notices``: what a person should know is added to it."""
         self._member_id = member_id  # the leader
         self._config = config
         self.progress: dict[MemberId, Progress] = {}
         # Those of them who are no members, until when they are told, and their match index then.
         self._outsiders: dict[MemberId, tuple[int, int]] = {}
-        self.dropped: list[Member] = []  # for the driver to report
+        self._notices = notices
 
     def clear(self) -> None:
         """The leadership is over, or begins."""
@@ -71,6 +72,25 @@ class Followers:
         heard = [m for m, progress in self.progress.items() if progress.heard_ticks > oldest]
         return [self._member_id, *heard]
 
+    def note_loss(self, member_id: MemberId, membership: Membership) -> None:
+        """This follower lacks what it acknowledged; that it does must not be counted on again.
+
+        Its match index stays (raft-traps T29), so that it gets no more in this leadership: a vote
+        of a server that forgets may lose what is committed.
+        """
+        progress = self.progress[member_id]
+        if not progress.has_lost and (member := membership.get(member_id)) is not None:
+            progress.has_lost = True
+            self._notices.append(_loss(member))
+
+    def troubles(self, membership: Membership) -> list[str]:
+        """Which members have lost what they acknowledged, for a person."""
+        return [
+            _loss(member)
+            for member in membership.members
+            if (progress := self.progress.get(member.member_id)) is not None and progress.has_lost
+        ]
+
     # ---- Changes of membership ----
 
     def objection_to(self, changed: Membership, now_ticks: int) -> str:
@@ -100,7 +120,10 @@ class Followers:
                 return membership.with_member(member._replace(voter=True))
             if progress.heard_ticks <= now_ticks - self._config.learner_ticks_max:
                 # Most often its address was mistyped. It is in nobody's way, but holds its name.
-                self.dropped.append(member)
+                self._notices.append(
+                    f"learner {member.node_id} was not heard of for too long and is dropped; if "
+                    f"{member.host} with peer port {member.peer_port} is not its address, add it anew"
+                )
                 return membership.without_member(member.member_id)
         return None
 
@@ -118,3 +141,10 @@ class Followers:
         progress.catch_up_index = last_index
         progress.catch_up_since_ticks = now_ticks
         return False
+
+
+def _loss(member: Member) -> str:
+    return (
+        f"{member.node_id} has lost entries that it had acknowledged, and gets no more: take it out "
+        "(cluster_manager.py --action remove) and let it in as a new member (--action add)"
+    )

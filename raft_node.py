@@ -146,7 +146,6 @@ class RaftNode:
         self._connected: set[MemberId] = set()  # peers with a live connection to us
         self._dead: set[MemberId] = set()  # peers whose port refuses, or is another process's
         self._seen = (Role.FOLLOWER, self._core.term, self._core.leader_id)
-        self._seen_truncated = 0
         self._seen_membership = Membership()
         self._bytes_free = DISK_RESERVE_BYTES
         self._lease = Lease(config.lease_reads, config.election_timeout_min_s, clock)
@@ -430,6 +429,7 @@ class RaftNode:
             "the disk hangs" if self._disk_hangs else "",
             "disk almost full: a primary refuses all but deletions" if self.disk_is_full else "",
             self._keeper.trouble,
+            *self._core.troubles,
         )
         return "; ".join(text for text in found if text)
 
@@ -470,10 +470,6 @@ class RaftNode:
             effects += self._follow_membership_locked()
         if (core.role, core.term, core.leader_id) != self._seen:
             effects += self._follow_role_locked()
-        if core.truncated_count > self._seen_truncated:
-            count = core.truncated_count - self._seen_truncated
-            self._seen_truncated = core.truncated_count
-            effects.append(partial(log.warning, "rolled back entries=%d", count))
         self._lease.follow(core)
         return effects
 
@@ -578,6 +574,7 @@ class RaftNode:
                 self._commit_may_wait = False
                 effects = self._watch_disk_locked(ticks)
                 effects += self._pump_locked() + self._give_up_late_locked(now_s)
+                effects += [partial(log.warning, "%s", text) for text in self._core.take_notices()]
                 commit = self._core.commit_index
                 self._commit_may_wait = self._core.role is Role.LEADER and commit > last_commit
                 last_commit = commit

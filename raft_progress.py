@@ -44,6 +44,10 @@ class Progress:
         self.snapshot_due = False
         # The highest commit index that a message told the follower.
         self.sent_commit = 0
+        # The round that was the newest when match_index last grew. Who refuses later messages that
+        # begin no higher has lost what it had: its directory was put back, or its disk lied.
+        self.matched_round = 0
+        self.has_lost = False
         # The newest heartbeat round sent, and the newest answered.
         self.sent_round = 0
         self.acked_round = 0
@@ -75,11 +79,13 @@ class Progress:
             self._inflight.append((last_index, size_bytes))
             self._inflight_bytes += size_bytes
 
-    def matched(self, index: int) -> bool:
+    def matched(self, index: int, present_round: int) -> bool:
         """The follower holds everything up to ``index``; True if that is news (raft-traps T29)."""
         while self._inflight and self._inflight[0][0] <= index:
             self._inflight_bytes -= self._inflight.popleft()[1]
         advanced = index > self.match_index
+        if advanced:
+            self.matched_round = present_round
         self.match_index = max(self.match_index, index)
         self.next_index = max(self.next_index, index + 1)
         if self.state is ProgressState.PROBE and index + 1 >= self.next_index:

@@ -71,8 +71,7 @@ def send_without_waiting(sock: socket.socket, data: bytes) -> int:
     """
     if _libc_send is None:
         return sock.send(data, socket.MSG_DONTWAIT)
-    flags = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
-    sent: int = _libc_send(sock.fileno(), data, len(data), flags)
+    sent: int = _libc_send(sock.fileno(), data, len(data), _DONT_WAIT)
     if sent < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))  # of the subclass that belongs to the code
@@ -91,8 +90,8 @@ class Receiver:
     def receive(self, sock: socket.socket) -> bytes:
         """What is there; b"" at the end. Raises OSError, BlockingIOError if there is nothing."""
         if _libc_recv is None:
-            return sock.recv(self._bytes_max, socket.MSG_DONTWAIT)
-        count = _libc_recv(sock.fileno(), self._space, self._bytes_max, socket.MSG_DONTWAIT)
+            return sock.recv(self._bytes_max, _DONT_WAIT)
+        count = _libc_recv(sock.fileno(), self._space, self._bytes_max, _DONT_WAIT)
         if count < 0:
             code = ctypes.get_errno()
             raise OSError(code, os.strerror(code))
@@ -109,6 +108,7 @@ def _load(name: str) -> Callable[[int, object, int, int], int] | None:
     return cast(Callable[[int, object, int, int], int], call)
 
 
+_DONT_WAIT = int(socket.MSG_DONTWAIT)  # made once: to look at an IntFlag is slow
 _libc_send = _load("send")
 _libc_recv = _load("recv")
 

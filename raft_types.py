@@ -69,10 +69,10 @@ class RaftConfig:
     # A timeout is drawn anew from min..max for each election (paper 5.2).
     election_ticks_min: int
     election_ticks_max: int
-    # The pause instead of a timeout once the leader's process is known to be dead; it doubles with
-    # each attempt that fails.
-    dead_leader_ticks_min: int = 2
-    dead_leader_ticks_max: int = 15
+    # Once the leader's process is known to be dead, the voters stand one after the other, this long
+    # apart. Who does not win waits for the votes, then twice as long as before, and stands again.
+    dead_leader_ticks: int = 10
+    dead_leader_vote_ticks: int = 50
     append_bytes_max: int = 1024 * 1024
     # Proposals beyond this wait for commits (raft-traps T34).
     uncommitted_bytes_max: int = 128 * 1024 * 1024

@@ -172,6 +172,11 @@ class Faults:
         """
         self._transfer_times(self._cluster.rng.choice((1, 1, 5)))
 
+    def learner_added(self) -> None:
+        """Sometimes the leadership is handed over just when it becomes ready for its vote."""
+        if "transfer" in self._kinds and self._cluster.chance(0.5):
+            self._cluster.at(self._cluster.rng.uniform(0, 15), self._transfer_times, 1)
+
     def _transfer_times(self, times: int) -> None:
         cluster = self._cluster
         if cluster.weather is CALM or times == 0:

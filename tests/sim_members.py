@@ -95,6 +95,7 @@ class Members:
         elif is_new and self._change(leader, partial(core.add_learner, newcomer)):
             self._cluster.counts["joins"] += 1
             self._cluster.say(f"{leader.name} adds {name} as a learner")
+            self._cluster.faults.learner_added()
 
     @staticmethod
     def _has_room(leader: SimServer) -> bool:

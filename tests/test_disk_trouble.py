@@ -21,7 +21,7 @@ import pytest
 from kv_errors import NoSpaceError, OutOfMemoryError
 from kv_types import Reply
 from raft_node import DISK_FLOOR_BYTES, DISK_RESERVE_BYTES
-from tests.cluster import PATIENCE_S, SHORT_TIMERS, Cluster
+from tests.cluster import PATIENCE_S, SHORT_TIMERS, Cluster, eventually
 from tests.failpoint_server import HANGS
 from tests.test_crash_points import EVERY_POINT
 
@@ -298,6 +298,33 @@ def test_memory_when_it_runs_out_then_there_is_a_warning_a_refusal_and_a_way_bac
         )
 
 
+# ---- A disk that forgets ----------------------------------------------------------------------
+
+
+def test_secondary_when_an_old_copy_of_its_directory_is_put_back_then_the_primary_says_so() -> None:
+    """It had acknowledged more than the copy holds. The others go on."""
+    with Cluster(*SHORT_TIMERS) as cluster:
+        primary, victim = cluster.primary(), cluster.secondaries()[0]
+        directory = cluster.node(victim).directory
+        cluster.in_step()
+        cluster.kill(victim)
+        copy = shutil.copytree(directory, directory.with_suffix(".copy"))
+        cluster.start(victim)
+        for number in range(20):
+            assert write(cluster, primary, f"k{number}") == "OK"
+        cluster.in_step()
+        cluster.kill(victim)
+        shutil.rmtree(directory)
+        shutil.move(copy, directory)
+
+        cluster.start(victim)
+
+        text = f"{victim} has lost entries that it had acknowledged"
+        eventually(lambda: text in trouble(cluster, primary), "the primary names it")
+        eventually(lambda: text in log_of(cluster, primary), "its log says so too")
+        assert write(cluster, primary, "later") == "OK"
+
+
 # ---- Asynchronous replication ------------------------------------------------------------------
 
 
@@ -324,4 +351,4 @@ def test_async_when_the_primary_dies_then_what_no_majority_had_is_rolled_back_an
         cluster.start(old)
 
         assert cluster.in_step()["keys"] == 2
-        assert "rolled back entries=20" in log_of(cluster, old)
+        eventually(lambda: "rolled back entries=20" in log_of(cluster, old), "the loss is told")

@@ -8,6 +8,7 @@ Durability and the size of messages are in ``test_raft_core_ready.py``; what the
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -637,6 +638,31 @@ def test_stale_refusal_does_not_move_a_follower_back() -> None:
 
     assert core.progress["b"].next_index == match_index + 1
     assert appends(core, "b") == []
+
+
+def test_follower_that_lacks_what_it_acknowledged_is_named_and_counted_on_no_more() -> None:
+    """An old copy of its directory was put back, or its disk lied: it is not filled up again.
+
+    Its vote may have let something be lost already; and by what it acknowledged entries were
+    committed, so that the match index stays (raft-traps T29).
+    """
+    core = lead()
+    match_index = core.progress["b"].match_index
+    refusal = AppendReply("b", "a", core.term, False, 0, core.round, match_index, 0, 0)
+    core.step(refusal)
+    assert core.take_notices() == core.troubles == []  # sent before "b" acknowledged, perhaps
+
+    for _ in range(core.config.heartbeat_ticks):
+        core.tick()
+    core.step(replace(refusal, round=core.round))
+    core.step(replace(refusal, round=core.round))
+
+    [trouble] = core.troubles
+    assert "b has lost entries that it had acknowledged" in trouble
+    assert core.take_notices() == [trouble]
+    assert core.progress["b"].match_index == match_index
+    acknowledge(core, "c")
+    assert core.role is Role.LEADER
 
 
 def test_reply_of_a_stranger_is_ignored() -> None:

@@ -274,14 +274,16 @@ def test_learner_that_is_not_heard_of_is_dropped_and_named() -> None:
     """
     nobody = member("d", voter=False)
     core = leader_with_silent_learner(nobody)
-    assert core.take_dropped() == []
+    assert core.take_notices() == []
     assert core.membership.get("d") == nobody
 
     core.tick()
 
     assert core.membership == membership("abc")
-    assert core.take_dropped() == [nobody]
-    assert core.take_dropped() == []
+    [notice] = core.take_notices()
+    assert "learner d was not heard of" in notice
+    assert f"{nobody.host} with peer port {nobody.peer_port}" in notice
+    assert core.take_notices() == []
 
 
 @pytest.mark.parametrize("sign", ["an append reply", "a snapshot reply"])
@@ -299,7 +301,7 @@ def test_learner_that_is_heard_of_is_kept_however_far_behind(sign: str) -> None:
     tick_heard(core, IMPATIENT.learner_ticks_max - 1, "b", "c")
 
     assert core.membership.get("d") is not None
-    assert core.take_dropped() == []
+    assert core.take_notices() == []
 
 
 def test_learner_that_is_to_stay_one_is_not_dropped() -> None:

@@ -35,8 +35,10 @@ from tests.raft_servers import (
 )
 
 
-def heartbeat(term: int = 1, *, sender: str = "b", last: tuple[int, int] = (0, 0)) -> AppendEntries:
-    return AppendEntries(sender, "a", term, *last, (), 0, 1)
+def heartbeat(
+    term: int = 1, *, sender: str = "b", to: str = "a", last: tuple[int, int] = (0, 0)
+) -> AppendEntries:
+    return AppendEntries(sender, to, term, *last, (), 0, 1)
 
 
 def pre_vote(term: int, last_index: int = 0, last_term: int = 0, by: str = "c") -> VoteRequest:
@@ -361,45 +363,64 @@ FAST = RaftConfig(
     heartbeat_ticks=3,
     election_ticks_min=100,
     election_ticks_max=200,
-    dead_leader_ticks_min=2,
-    dead_leader_ticks_max=4,
+    dead_leader_ticks=10,
+    dead_leader_vote_ticks=20,
 )
 
 
-def follower_with_evidence() -> RaftCore:
-    core = server(config=FAST)
-    core.step(heartbeat())
+def follower_with_evidence(member_id: str = "a", leader_id: str = "b") -> RaftCore:
+    core = server(member_id, config=FAST)
+    core.step(heartbeat(sender=leader_id, to=member_id))
     flush(core)
-    core.leader_died("b")
+    core.leader_died(leader_id)
     return core
 
 
-def test_follower_campaigns_soon_after_evidence_of_the_leaders_death() -> None:
-    """The short pause, randomised so that two followers seldom collide."""
-    core = follower_with_evidence()
-
-    core.tick()
-    assert (core.role, core.leader_id) == (Role.FOLLOWER, None)
-    tick(core, FAST.dead_leader_ticks_max - 1)
-
-    assert core.role is Role.PRE_CANDIDATE
-
-
-def test_pause_after_evidence_doubles_and_ends_with_the_normal_timeout() -> None:
-    """Five attempts; then the evidence is no better than silence."""
-    core = follower_with_evidence()
+def ticks_between_campaigns(core: RaftCore, count: int) -> list[int]:
     pauses: list[int] = []
     since = 0
-    while len(pauses) < DEAD_LEADER_ATTEMPTS_MAX + 2:
+    while len(pauses) < count:
         core.tick()
         since += 1
         if flush(core):
             pauses.append(since)
             since = 0
+    return pauses
 
-    for attempt, pause in enumerate(pauses[:DEAD_LEADER_ATTEMPTS_MAX]):
-        assert 2 << attempt <= pause <= 4 << attempt
-    for pause in pauses[DEAD_LEADER_ATTEMPTS_MAX:]:
+
+def test_followers_campaign_one_after_the_other_soon_after_the_leaders_death() -> None:
+    """They all learn of it at one time, and chance alone would often let two of them collide."""
+    first, second = follower_with_evidence("a"), follower_with_evidence("c")
+    assert (first.role, first.leader_id) == (Role.FOLLOWER, None)
+
+    [first_pause] = ticks_between_campaigns(first, 1)
+    [second_pause] = ticks_between_campaigns(second, 1)
+
+    assert first.role is second.role is Role.PRE_CANDIDATE
+    assert 2 <= first_pause <= 5
+    assert 10 + 2 <= second_pause <= 10 + 5
+
+
+def test_dead_leader_leaves_no_gap_in_the_order_of_those_who_stand() -> None:
+    """ "b" is the first of those who are left."""
+    [pause] = ticks_between_campaigns(follower_with_evidence("b", leader_id="a"), 1)
+
+    assert 2 <= pause <= 5
+
+
+def test_pause_after_evidence_leaves_time_for_votes_grows_and_ends_with_the_normal_timeout() -> (
+    None
+):
+    """A vote may take long; after some attempts the evidence is no better than silence."""
+    first = ticks_between_campaigns(follower_with_evidence("a"), DEAD_LEADER_ATTEMPTS_MAX + 2)
+    second = ticks_between_campaigns(follower_with_evidence("c"), DEAD_LEADER_ATTEMPTS_MAX + 2)
+
+    for failed in range(1, DEAD_LEADER_ATTEMPTS_MAX):
+        low, high = 20 + (2 << failed), 20 + (5 << failed)
+        assert low <= first[failed] <= high
+        later = 10 << failed
+        assert min(low + later, FAST.election_ticks_min) <= second[failed] <= high + later
+    for pause in first[DEAD_LEADER_ATTEMPTS_MAX:] + second[DEAD_LEADER_ATTEMPTS_MAX:]:
         assert FAST.election_ticks_min <= pause <= FAST.election_ticks_max
 
 

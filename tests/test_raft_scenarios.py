@@ -164,8 +164,7 @@ class Stage:
         if core.is_removed and not server.told_removed:
             server.told_removed = True
             self.trace.append(f"{server.name} knows that it was removed")
-        for dropped in core.take_dropped():
-            self.trace.append(f"{server.name} drops learner {dropped.node_id}")
+        self.trace += [f"{server.name} says: {notice}" for notice in core.take_notices()]
         for index, tokens in core.take_reads():
             self.trace += [f"{server.name} may read {token} at {index}" for token in tokens]
 

@@ -248,8 +248,8 @@ def match_goes_back(patch: pytest.MonkeyPatch) -> None:
     """M10: the last answer counts, not the highest."""
     matched = Progress.matched
 
-    def believe(progress: Progress, index: int) -> bool:
-        advanced = matched(progress, index)
+    def believe(progress: Progress, index: int, present_round: int) -> bool:
+        advanced = matched(progress, index, present_round)
         progress.match_index = index
         return advanced
 
@@ -475,7 +475,7 @@ def silent_learner_kept(patch: pytest.MonkeyPatch) -> None:
         followers: Followers, membership: Membership, last_index: int, now_ticks: int
     ) -> Membership | None:
         changed = follow(followers, membership, last_index, now_ticks)
-        return changed if not followers.dropped else None
+        return changed if not followers._notices else None
 
     patch.setattr(Followers, "next_change", keep)
 
