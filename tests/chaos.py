@@ -33,10 +33,15 @@ from typing import Final
 
 import psutil
 
-from cluster_manager import SERVER_SCRIPT, ManagerError
-from cluster_nodes import ask
-from kv_config import Address
-from tests.chaos_faults import CLASSES, ChaosCluster, FaultClass, Stage, repeat
+from cluster_manager import ManagerError
+from tests.chaos_faults import (
+    CLASSES,
+    CannotTestError,
+    ChaosCluster,
+    FaultClass,
+    Stage,
+    repeat,
+)
 from tests.chaos_links import Network
 from tests.chaos_workloads import Load, Notes
 from tests.cluster import eventually
@@ -88,21 +93,19 @@ class Result:
 class Watch:
     """Asks every node who leads, all the time: when each term's primary was first seen."""
 
-    def __init__(self, addresses: Sequence[Address]) -> None:
+    def __init__(self, cluster: ChaosCluster) -> None:
+        self._cluster = cluster
         self._stop = threading.Event()
         self.primaries: dict[int, dict[str, float]] = {}  # by term: who, and when first seen
         self._threads = [
-            threading.Thread(target=self._look, args=(address,), name=f"watch-{address[1]}")
-            for address in addresses
+            threading.Thread(target=self._look, args=(node_id,), name=f"watch-{node_id}")
+            for node_id in cluster.node_ids
         ]
 
-    def _look(self, address: Address) -> None:
+    def _look(self, node_id: str) -> None:
         while not self._stop.wait(LOOK_S):
-            try:
-                status = ask(address, "STATUS", timeout_s=1.0)
-            except (OSError, ValueError):
-                continue
-            if status["role"] == "PRIMARY":
+            status = self._cluster.status(node_id)
+            if status and status["role"] == "PRIMARY":
                 seen = self.primaries.setdefault(int(str(status["term"])), {})
                 seen.setdefault(str(status["node_id"]), time.monotonic())
 
@@ -194,13 +197,17 @@ def run(
     seed: int,
     *,
     server_args: Sequence[str] = (),
-    server_script: Path = SERVER_SCRIPT,
+    server_script: Path | None = None,
 ) -> Result:
     """Run one class for so long, heal, and judge. Nothing is left running."""
     result = Result(fault.name, seed)
     network = Network(seed)
     cluster = ChaosCluster(
-        network, *fault.server_args, *server_args, nodes=fault.nodes, server_script=server_script
+        network,
+        *fault.server_args,
+        *server_args,
+        nodes=fault.nodes,
+        server_script=server_script or fault.server_script,
     )
     notes = Notes()
     stage = Stage(cluster, network, seed, until=0.0)
@@ -209,6 +216,8 @@ def run(
         _run(fault, seconds, stage, notes, result)
     except (AssertionError, ManagerError, OSError) as error:
         result.problems.append(f"{type(error).__name__}: {error}")
+    except CannotTestError as error:
+        result.doubts.append(str(error))
     finally:
         network.heal()
         if result.exit_status:
@@ -222,8 +231,7 @@ def _run(fault: FaultClass, seconds: float, stage: Stage, notes: Notes, result: 
     cluster = stage.cluster
     before = holdings(cluster)
     load = Load(cluster.manager.addresses, notes, result.seed)
-    addresses = [node.reached_at for node in cluster.manager.nodes]
-    with Watch(addresses) as watch:
+    with Watch(cluster) as watch:
         with load:
             time.sleep(QUIET_S)
             began = time.monotonic()

@@ -2,7 +2,9 @@
 
 Rule 1: a round begins with a healthy cluster; whoever runs it heals the cluster afterwards.
 Rule 2: faults come from outside, as in life: signals, limits of the system, the links of
-``chaos_links.py``, damaged files, hostile clients. No node knows that it is tested.
+``chaos_links.py``, small disks, damaged files, hostile clients. No node knows that it is tested;
+but for a stall, which nothing outside can cause without a disk of its own, the calls of the log are
+patched (``failpoint_server.py``).
 Rule 3: what a majority must not lose is never taken from a majority: disks are wiped and damaged
 one at a time, when the others have everything.
 
@@ -12,12 +14,16 @@ The letters are those of the fault model.
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import resource
 import shutil
 import socket
+import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,8 +33,10 @@ import psutil
 from cluster_manager import SERVER_SCRIPT, ClusterManager, ManagerError
 from kv_config import EXIT_CONFIG
 from kv_errors import KVError
-from tests.chaos_links import CLIENT, OUTSIDE, Link, Network, Weather
+from raft_node import DISK_FLOOR_BYTES
+from tests.chaos_links import CLIENT, INSIDE, OUTSIDE, Link, Network, Weather
 from tests.cluster import (
+    ANSWER_S,
     PATIENCE_S,
     SHORT_TIMERS,
     Answer,
@@ -37,15 +45,27 @@ from tests.cluster import (
     RespConnection,
     eventually,
 )
+from tests.failpoint_server import HANGS
 
+STALLING_SERVER: Final = Path(__file__).with_name("failpoint_server.py")
 ELECTION_TIMEOUT_S: Final = 1.0
 # Less than the election timeout: heartbeats are answered late, but not too late.
 NEWS_LATE_S: Final = 0.6
 SMALL_LOG: Final = ("--max-log", "1MiB")
 SMALL_MEMORY: Final = ("--max-memory", "16MiB")
+SMALL_DISK_BYTES: Final = 256 * 1024 * 1024
+# The node's own limit of descriptors has to allow that; it lowers --max-clients otherwise.
+MANY_CLIENTS: Final = ("--max-clients", "11000")
+IDLE_COUNT: Final = 10_000
+IDLE_THREADS: Final = 8
+IDLE_WITHIN_S: Final = 60.0
 FILLER_BYTES: Final = 50_000
 FILLER_COUNT: Final = 1000
 CUT: Final = Weather(cut=True)
+
+
+class CannotTestError(Exception):
+    """The machine does not let this fault be caused: the run proves nothing."""
 
 
 class ChaosCluster(Cluster):
@@ -64,11 +84,14 @@ class ChaosCluster(Cluster):
             spawn=self._spawn,
             server_script=server_script,
         )
+        # With ``STALLING_SERVER``: the log of the process whose number is a file here waits.
+        self.stalled = self.directory / "stalled"
+        self.stalled.mkdir()
 
     def _spawn(self, command: Sequence[str], **more: Any) -> psutil.Popen:
         flags = dict(w.removeprefix("--").split("=", 1) for w in command if "=" in w)
         self._network.serve(flags["node-id"], int(flags["port"]), int(flags["peer-port"]))
-        return psutil.Popen(command, **more)
+        return psutil.Popen(command, env={**os.environ, HANGS: str(self.stalled)}, **more)
 
     def address(self, node_id: str) -> tuple[str, int]:
         """Where the test itself asks: past the network."""
@@ -349,6 +372,95 @@ def disk_error(stage: Stage) -> None:
     stage.hold(0.1, 1.0)
 
 
+def disk_stall(stage: Stage) -> None:
+    """F7: the log's writes wait for 0.1 to 10 s: the primary's, a secondary's, all secondaries'."""
+    cluster = stage.cluster
+    primary = cluster.primary()
+    others = cluster.others(primary)
+    victims = stage.rng.choice([[primary], [primary], [stage.one(others)], others])
+    seconds = 10 ** stage.rng.uniform(-1.0, 1.0)
+    stage.tell(f"disk of {' '.join(victims)} stalls for {seconds:.1f} s (primary {primary})")
+    processes = [p for p in map(cluster.process, victims) if p is not None]
+    marks = [cluster.stalled / str(process.pid) for process in processes]
+    for mark in marks:
+        mark.touch()
+    stage.hold(seconds, seconds)
+    for mark in marks:
+        mark.unlink()
+    stage.hold(0.2, 1.0)
+
+
+@contextmanager
+def small_disk(cluster: ChaosCluster, node_id: str) -> Iterator[Path]:
+    """Kill the node; its directory lies on a small disk in memory meanwhile, with what it held."""
+    directory = cluster.node(node_id).directory
+    aside = directory.with_name(f"{node_id}.aside")
+    cluster.kill(node_id)
+    shutil.copytree(directory, aside)
+    size = f"size={SMALL_DISK_BYTES}"
+    command = ["mount", "-t", "tmpfs", "-o", size, "tmpfs", str(directory)]
+    done = subprocess.run(command, capture_output=True, check=False, text=True)
+    if done.returncode:
+        raise CannotTestError(f"it takes the right to mount a disk: {done.stderr.strip()}")
+    try:
+        shutil.copytree(aside, directory, dirs_exist_ok=True)
+        shutil.rmtree(aside)
+        yield directory
+    finally:
+        if cluster.process(node_id) is not None:
+            cluster.kill(node_id)
+        shutil.copytree(directory, aside, dirs_exist_ok=True)
+        subprocess.run(["umount", "--lazy", str(directory)], check=True)
+        shutil.rmtree(directory)
+        aside.rename(directory)
+
+
+def disk_full(stage: Stage) -> None:
+    """F7, F15: no room on a node's disk (ENOSPC), or almost none; later there is some again.
+
+    A secondary ends, and a primary ends or refuses; who ended is started again, as by the monitor,
+    while the disk is still full too.
+    """
+    cluster = stage.cluster
+    primary = cluster.primary()
+    victim = stage.one([primary, *cluster.node_ids])
+    with small_disk(cluster, victim) as directory:
+        cluster.start(victim)
+        cluster.heal()
+        if victim == primary:
+            with contextlib.suppress(OSError):
+                cluster.ask(cluster.primary(), f"FAILOVER TO {victim}")
+        almost = victim == primary and stage.rng.random() < 0.5
+        status = os.statvfs(directory)
+        size_bytes = status.f_bavail * status.f_frsize - (DISK_FLOOR_BYTES // 2 if almost else 0)
+        ballast = directory / "ballast"
+        with ballast.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+        stage.tell(f"the disk of {victim} is {'almost ' * almost}full")
+
+        def has_failed() -> bool:
+            trouble = (cluster.status(victim) or {}).get("trouble") or ""
+            return cluster.process(victim) is None or (almost and "disk almost full" in trouble)
+
+        refusal = fill(stage, has_failed)
+        stage.tell(f"refused: {refusal}" if refusal else f"{victim} has ended, or almost")
+        stage.hold(0.2, 2.0)
+        if cluster.process(victim) is None and stage.rng.random() < 0.5:
+            cluster.start(victim)
+            eventually(lambda: cluster.process(victim) is None, f"{victim} ends again")
+        ballast.unlink()
+        stage.tell(f"the disk of {victim} has room")
+        cluster.heal()
+
+        def has_room() -> bool:
+            status = cluster.status(victim)
+            return status is not None and "disk almost full" not in (status["trouble"] or "")
+
+        eventually(has_room, f"{victim} notices that there is room")
+        unfill(stage)
+        stage.hold(0.2, 1.0)
+
+
 def wipe(stage: Stage) -> None:
     """F11: a node loses its directory, and comes back by the same command as a new member."""
     cluster = stage.cluster
@@ -420,20 +532,28 @@ def memory(stage: Stage) -> None:
 
 
 def members(stage: Stage) -> None:
-    """F12: a member leaves and another comes, the primary too, while links are slow or lossy."""
+    """F12: a member leaves and another comes, the primary too, while links are slow or lossy.
+
+    It comes at another port, and the next one may come at the port that is free now: so all but
+    one of the addresses that clients know from the beginning are always right.
+    """
     cluster = stage.cluster
     leaving = stage.one([cluster.primary(), *cluster.node_ids])
     if stage.rng.random() < 0.5:
         weather = Weather(delay_s=0.03, jitter_s=0.03, lose=0.05)
         stage.weather("poor", stage.all_links(), weather)
-    for what, change in (("remove", cluster.manager.remove), ("add", cluster.manager.add)):
-        try:
-            change(leaving, report=stage.tell)
-        except ManagerError as error:  # it says no rather than risk a majority
-            stage.tell(f"{what} {leaving} refused: {error}")
-        stage.hold(0.0, 0.5)
-        if leaving not in cluster.node_ids:
-            stage.network.heal()
+    peer_port = cluster.node(leaving).peer_port  # nobody calls it when the member is gone
+    with contextlib.ExitStack() as taken:
+        for what, change in (("remove", cluster.manager.remove), ("add", cluster.manager.add)):
+            try:
+                change(leaving, report=stage.tell)
+            except ManagerError as error:  # it says no rather than risk a majority
+                stage.tell(f"{what} {leaving} refused: {error}")
+            stage.hold(0.0, 0.5)
+            if leaving not in cluster.node_ids:
+                stage.network.heal()
+                if what == "remove":
+                    taken.enter_context(socket.create_server((INSIDE, peer_port)))
 
 
 def transfer(stage: Stage) -> None:
@@ -486,6 +606,34 @@ def transfer_unheard(stage: Stage) -> None:
 # ---- Clients -----------------------------------------------------------------------------------
 
 
+def connect_idle(stack: contextlib.ExitStack, victim: tuple[str, int]) -> int:
+    """Connect so many clients that say nothing more, or as many as the limit of files allows.
+
+    Each waits until it is served: what is not accepted yet overruns the backlog, and the kernel
+    tries that again only after a second, and then two.
+    """
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    wanted = min(IDLE_COUNT, hard // 2)
+    deadline = time.monotonic() + IDLE_WITHIN_S
+
+    def connect(thread: int) -> int:
+        source = f"127.0.0.{10 + thread}", 0  # each has its own ports to call from
+        for done in range(wanted // IDLE_THREADS):
+            if time.monotonic() > deadline:
+                return done
+            sock = stack.enter_context(socket.create_connection(victim, ANSWER_S, source))
+            sock.sendall(b"*1\r\n$4\r\nPING\r\n")
+            assert sock.recv(100) == b"+PONG\r\n"
+        return wanted // IDLE_THREADS
+
+    with ThreadPoolExecutor(IDLE_THREADS, thread_name_prefix="idle") as pool:
+        count = sum(pool.map(connect, range(IDLE_THREADS)))
+    if count < wanted:
+        raise CannotTestError(f"{count} of {wanted} idle clients within {IDLE_WITHIN_S:g} s")
+    return count
+
+
 def clients(stage: Stage) -> None:
     """F14: clients that vanish, hang, read slowly, send garbage, too much, or nothing."""
     victim = stage.cluster.address(stage.cluster.primary())
@@ -495,8 +643,9 @@ def clients(stage: Stage) -> None:
         def connect() -> socket.socket:
             return stack.enter_context(socket.create_connection(victim, timeout=5.0))
 
-        for _ in range(200):
-            connect()  # idle
+        stage.tell(f"{connect_idle(stack, victim)} clients are idle")
+        with RespConnection(victim) as connection:
+            assert connection.ask("PING") == "PONG"
         for piece in (
             stage.rng.randbytes(5000),
             b"*3\r\n$3\r\nSET\r\n$1\r\n",
@@ -534,11 +683,14 @@ class FaultClass:
     rounds: tuple[Callable[[Stage], None], ...]  # one of them each time
     nodes: int = 3
     server_args: tuple[str, ...] = ()
+    server_script: Path = SERVER_SCRIPT
     # What the nodes may log as an error, besides what any failing neighbour makes them say.
     expected: tuple[str, ...] = ()
 
 
 DISK_WORDS: Final = ("File too large", "Errno 27", "can't be saved")
+STALL_WORDS: Final = ("the disk hangs",)
+FULL_WORDS: Final = ("the disk is full", "disk almost full", "No space left", "can't be saved")
 DAMAGE_WORDS: Final = ("can't start", "damaged", "checksum")
 
 SINGLE: Final = (
@@ -553,20 +705,24 @@ SINGLE: Final = (
     FaultClass("loss", (loss,)),
     FaultClass("snapshot", (snapshot,), server_args=SMALL_LOG),
     FaultClass("disk-error", (disk_error,), expected=DISK_WORDS),
+    FaultClass("disk-stall", (disk_stall,), server_script=STALLING_SERVER, expected=STALL_WORDS),
+    FaultClass("disk-full", (disk_full,), server_args=SMALL_LOG, expected=FULL_WORDS),
     FaultClass("damage", (damage,), expected=DAMAGE_WORDS),
     FaultClass("wipe", (wipe,)),
     FaultClass("members", (members,)),
     FaultClass("transfer", (transfer, transfer_unheard)),
-    FaultClass("clients", (clients, reset)),
+    FaultClass("clients", (clients, reset), server_args=MANY_CLIENTS),
     FaultClass("memory", (memory,), server_args=SMALL_MEMORY),
     FaultClass("restart-all", (restart_all,)),
 )
+# Those that need a cluster, a server or rights of their own.
+APART: Final = ("ring", "memory", "disk-stall", "disk-full")
 CLASSES: Final = (
     *SINGLE,
     FaultClass(
         "mixed",
-        tuple(r for c in SINGLE for r in c.rounds if c.name not in ("ring", "memory")),
-        server_args=SMALL_LOG,
+        tuple(r for c in SINGLE for r in c.rounds if c.name not in APART),
+        server_args=SMALL_LOG + MANY_CLIENTS,
         expected=DISK_WORDS + DAMAGE_WORDS,
     ),
 )

@@ -124,8 +124,10 @@ class Network:
     # ---- Any thread ----
 
     def serve(self, node_id: str, port: int, peer_port: int) -> None:
-        """Stand in front of the node's ports from now on, whenever it listens on them."""
-        self._order(lambda: self._ports.update({port: (node_id, CLIENT), peer_port: (node_id, "")}))
+        """Stand in front of these ports of the node, and of no others, whenever it listens there."""
+        self._order(
+            lambda: self._move(node_id, {port: (node_id, CLIENT), peer_port: (node_id, "")})
+        )
 
     def change(self, links: Iterable[Link], weather: Weather) -> None:
         """Let these links behave so from now on."""
@@ -208,6 +210,13 @@ class Network:
             self._orders.clear()
         for order in orders:
             order()
+
+    def _move(self, node_id: str, ports: dict[int, tuple[str, str]]) -> None:
+        old = {port for port, (owner, _) in self._ports.items() if owner == node_id}
+        for port in old - ports.keys():
+            del self._ports[port]
+            self._close_port(port)
+        self._ports |= ports
 
     def _open_ports(self) -> None:
         """Listen for the nodes that listen again."""

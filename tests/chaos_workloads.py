@@ -168,7 +168,10 @@ class RawClient:
     def _connected(self) -> RespConnection:
         if self._connection is not None:
             # A node that stepped down has closed it: nothing must be sent into that.
-            if not select.select([self._connection.sock], [], [], 0)[0]:
+            # Not by select(), which knows no descriptor above 1,023.
+            poll = select.poll()
+            poll.register(self._connection.sock, select.POLLIN)
+            if not poll.poll(0):
                 return self._connection
             self._leave()
         self._connection = RespConnection(self._at, timeout_s=1.0)
