@@ -13,6 +13,7 @@ The points, of which each has a count (``... 3``: the third time; 1 if none is g
     append torn                  the first half of a record's sectors is written
     before RaftNode._apply       a method of the node is called
     after RaftNode._apply        it returns
+    after RaftNode._apply membership     it returns, and a change of membership was in it
 
 With KV_TEST_HANGS the log's writes wait as long as there is a file in that directory that is called
 by the process' pid.
@@ -26,7 +27,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -39,6 +40,8 @@ import raft_node  # noqa: E402
 import raft_snapshots  # noqa: E402
 import replication_log  # noqa: E402
 import state_db  # noqa: E402
+from raft_core import RaftCore  # noqa: E402
+from raft_types import Entry, EntryKind, HardState, Role  # noqa: E402
 from replication_log_format import SECTOR_BYTES  # noqa: E402
 
 VARIABLE = "KV_TEST_FAILPOINT"
@@ -58,6 +61,43 @@ METHODS: dict[str, type] = {
     "RaftNode._apply": raft_node.RaftNode,
     "StateKeeper.on_chunk": raft_snapshots.StateKeeper,
     "RaftNode._finish_applied_locked": raft_node.RaftNode,
+    "RaftNode._follow_membership_locked": raft_node.RaftNode,
+}
+
+
+def always(*_: object, **__: object) -> bool:
+    return True
+
+
+def leads(core: RaftCore, index: int) -> bool:
+    """Whether a primary's commit index grows."""
+    return core.role is Role.LEADER and index > core.commit_index
+
+
+def follows(core: RaftCore, index: int) -> bool:
+    return core.role is not Role.LEADER and index > core.commit_index
+
+
+def commits_membership(core: RaftCore, index: int) -> bool:
+    return core._memberships.at(index)[0] > core.commit_index
+
+
+def holds_membership(_: object, entries: Sequence[Entry]) -> bool:
+    return any(entry.kind is EntryKind.MEMBERSHIP for entry in entries)
+
+
+def writes_membership(_: object, hard_state: HardState | None, entries: Sequence[Entry]) -> bool:
+    return holds_membership(_, entries)
+
+
+# Calls of a method that are points only if this is true of them.
+CALLS: dict[str, tuple[type, Callable[..., bool]]] = {
+    "RaftCore._commit_to as primary": (RaftCore, leads),
+    "RaftCore._commit_to as secondary": (RaftCore, follows),
+    "RaftCore._commit_to membership": (RaftCore, commits_membership),
+    "RaftCore._append_entries membership": (RaftCore, holds_membership),
+    "ReplicationLog.append membership": (replication_log.ReplicationLog, writes_membership),
+    "RaftNode._apply membership": (raft_node.RaftNode, holds_membership),
 }
 
 
@@ -66,7 +106,7 @@ def points() -> set[str]:
     source = (ROOT / "state_db.py").read_text()
     steps = set(re.findall(r'failpoint\("([a-z-]+)"\)', source))
     calls = {f"{name} before {call}" for name in OPERATIONS for call in DISK_CALLS}
-    methods = {f"{when} {name}" for name in METHODS for when in ("before", "after")}
+    methods = {f"{when} {name}" for name in (*METHODS, *CALLS) for when in ("before", "after")}
     return steps | calls | methods | {TORN}
 
 
@@ -110,9 +150,10 @@ class Failpoint:
         for name in OPERATIONS:
             if name != "vote":
                 setattr(log, name, self._named(name, getattr(log, name)))
-        for name, owner in METHODS.items():
-            method = name.partition(".")[2]
-            setattr(owner, method, self._surrounded(name, getattr(owner, method)))
+        every = {name: (owner, always) for name, owner in METHODS.items()}
+        for name, (owner, is_point) in (every | CALLS).items():
+            method = name.partition(".")[2].partition(" ")[0]
+            setattr(owner, method, self._surrounded(name, getattr(owner, method), is_point))
 
     def _watched(self, call: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*args: Any) -> Any:
@@ -141,9 +182,13 @@ class Failpoint:
 
         return named
 
-    def _surrounded(self, name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+    def _surrounded(
+        self, name: str, method: Callable[..., Any], is_point: Callable[..., bool]
+    ) -> Callable[..., Any]:
         @functools.wraps(method)
         def surrounded(*args: Any, **kwargs: Any) -> Any:
+            if not is_point(*args, **kwargs):
+                return method(*args, **kwargs)
             self.reach(f"before {name}")
             result = method(*args, **kwargs)
             self.reach(f"after {name}")

@@ -69,12 +69,15 @@ FOLLOW = chosen(
     1,
     *("after ReplicationLog.append 3", "after RaftNode._write 3", "append torn 3"),
     *("append before fdatasync 3", "before RaftNode._apply 3", "before RaftNode._advance_locked 3"),
+    *("after RaftNode._apply 3", "before RaftCore._commit_to as secondary 3"),
+    "after RaftCore._commit_to as secondary 3",
 )
 LEAD = chosen(
     1,
     *("before RaftNode._finish_applied_locked 20", "after RaftNode._next_append 60"),
     *("before RaftNode._next_append 60", "before RaftNode._apply 20", "after RaftNode._apply 20"),
     *("append before fdatasync 20", "after ReplicationLog.append 20"),
+    *("before RaftCore._commit_to as primary 20", "after RaftCore._commit_to as primary 20"),
 )
 RESTORE = chosen(
     1,
@@ -83,6 +86,25 @@ RESTORE = chosen(
     *("before ReplicationLog.reset", "_create_segment before fsync", "reset before fsync"),
     *("after ReplicationLog.reset", "append before fdatasync", "after ReplicationLog.append"),
 )
+# A change of membership: decided or heard, on disk, in force, committed, applied; by who dies there.
+# A newcomer's way in is two changes, the second of which gives it its vote.
+FOUNDERS, NEWCOMER = ("node1", "node2", "node3"), "node4"
+
+
+def membership_points(count: int) -> list[str]:
+    """Of the change that is the ``count``-th of a process."""
+    steps = [f"{name} membership {count}" for name in ("RaftCore._commit_to", "RaftNode._apply")]
+    steps += [f"RaftCore._append_entries membership {count}"]
+    steps += [f"ReplicationLog.append membership {count}"]
+    steps += [f"RaftNode._follow_membership_locked {count + 1}"]  # the first is of its start
+    return [f"{when} {step}" for step in steps for when in ("after", "before")]
+
+
+JOIN = chosen(1, *membership_points(2), *membership_points(1))
+REMOVE = chosen(1, *membership_points(1))
+# Of a primary alone: nothing has left it yet; a majority has the entry. Between, it is open.
+UNSENT = ("RaftCore._append_entries", "RaftNode._follow_membership_locked")
+COMMITTED = ("RaftCore._commit_to", "RaftNode._apply")
 
 
 class Writes:
@@ -176,6 +198,19 @@ def test_node_alone_when_it_dies_at_a_step_then_every_acknowledged_write_is_ther
         writes.check(connection.ask)
 
 
+def let_lead(cluster: Cluster, node_id: str, process: psutil.Popen) -> None:
+    """Hand the leadership to this node, unless it dies before it has it."""
+
+    def leads() -> bool:
+        status = cluster.status(node_id)
+        if status is None or status["role"] == "PRIMARY":
+            return status is not None or process.poll() is not None
+        cluster.ask(cluster.primary(), f"FAILOVER TO {node_id}")
+        return False
+
+    cluster.eventually(leads, f"{node_id} leads")
+
+
 # ---- Three nodes -------------------------------------------------------------------------------
 
 
@@ -189,6 +224,8 @@ def shared_trio() -> Iterator[Cluster]:
 def trio(shared_trio: Cluster) -> Cluster:
     """Three nodes, all healthy when the test begins."""
     shared_trio.heal()
+    if NEWCOMER in shared_trio.node_ids:
+        shared_trio.manager.remove(NEWCOMER, report=lambda line: None)
     with shared_trio.resp(shared_trio.primary()) as connection:
         assert connection.ask("FLUSHALL") == "OK"
     shared_trio.in_step()
@@ -252,15 +289,7 @@ def test_primary_when_it_dies_at_a_step_then_the_others_have_what_it_answered(
     trio.kill(victim)
     process = start_to_die(trio, victim, monkeypatch, point)
     writes = Writes()
-
-    def leads() -> bool:
-        status = trio.status(victim)
-        if status is None or status["role"] == "PRIMARY":
-            return status is not None or process.poll() is not None
-        trio.ask(trio.primary(), f"FAILOVER TO {victim}")
-        return False
-
-    trio.eventually(leads, f"{victim} leads")
+    let_lead(trio, victim, process)
     with contextlib.suppress(ConnectionError), trio.resp(victim) as connection:
         writes.write_until_it_dies(connection)
     assert process.wait(PATIENCE_S) == -signal.SIGKILL
@@ -269,6 +298,140 @@ def test_primary_when_it_dies_at_a_step_then_the_others_have_what_it_answered(
         writes.check(connection.ask)
         trio.start(victim)
         trio.in_step()
+
+
+# ---- Members come and go -----------------------------------------------------------------------
+
+
+class Doomed(NamedTuple):
+    """A node that is to die in a change of membership."""
+
+    node_id: str
+    process: psutil.Popen
+
+
+@pytest.fixture
+def quartet(shared_trio: Cluster) -> Cluster:
+    """Three nodes, and the one that is to leave."""
+    shared_trio.heal()
+    if NEWCOMER not in shared_trio.node_ids:
+        shared_trio.manager.add(NEWCOMER, report=lambda line: None)
+    with shared_trio.resp(shared_trio.primary()) as connection:
+        assert connection.ask("FLUSHALL") == "OK"
+    shared_trio.in_step()
+    return shared_trio
+
+
+def doom(cluster: Cluster, monkeypatch: pytest.MonkeyPatch, role: str, point: str) -> Doomed:
+    """Start a node anew, to die at a step when it is in this role."""
+    primary = cluster.primary()
+    if primary == NEWCOMER:
+        cluster.manager.failover(FOUNDERS[0], report=lambda line: None)
+        primary = cluster.primary()
+    victim = next(node_id for node_id in FOUNDERS if node_id != primary)
+    process = cluster.process(victim)
+    assert process is not None
+    # It saves its state, so that no change of before is applied again, which would be its death.
+    process.terminate()
+    process.wait(PATIENCE_S)
+    doomed = Doomed(victim, start_to_die(cluster, victim, monkeypatch, point))
+    cluster.eventually(lambda: cluster.status(victim), f"{victim} answers")
+    if role == "primary":
+        let_lead(cluster, victim, doomed.process)
+    cluster.in_step()
+    return doomed
+
+
+def write_until_dead(cluster: Cluster, doomed: Doomed, writes: Writes) -> None:
+    """Write to the primary, who may be the one to die."""
+
+    def write_and_look() -> bool:
+        if writes.done < BATCHES_MAX and not writes.write(connection):
+            return True
+        return doomed.process.poll() is not None
+
+    with contextlib.suppress(ConnectionError), cluster.resp(cluster.primary()) as connection:
+        cluster.eventually(write_and_look, f"{doomed.node_id} dies")
+    assert doomed.process.wait(PATIENCE_S) == -signal.SIGKILL
+
+
+def agreed_members(cluster: Cluster) -> set[str]:
+    """The voters' names, once all who are members say the same, and nobody else is one."""
+
+    def alike() -> set[str] | None:
+        told = {name: cluster.ask(name, "MEMBER LIST")["members"] for name in FOUNDERS}
+        if NEWCOMER in (member["node_id"] for member in told[FOUNDERS[0]]):
+            told[NEWCOMER] = cluster.ask(NEWCOMER, "MEMBER LIST")["members"]
+        seen = {
+            frozenset((m["member_id"], m["node_id"], m["voter"]) for m in m) for m in told.values()
+        }
+        return {name for _, name, _ in seen.pop()} if len(seen) == 1 else None
+
+    return cluster.eventually(alike, "all have the same members")
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+@pytest.mark.parametrize("point", JOIN)
+def test_member_added_when_a_node_dies_at_a_step_then_all_have_it(
+    trio: Cluster, monkeypatch: pytest.MonkeyPatch, role: str, point: str
+) -> None:
+    """The newcomer asks until it is let in, so the change comes about whoever dies; once."""
+    doomed, writes = doom(trio, monkeypatch, role, point), Writes()
+    local = trio.manager._local
+    newcomer = local.new_place(NEWCOMER)
+    local.remember(newcomer)
+    local.spawn(newcomer)
+    write_until_dead(trio, doomed, writes)
+
+    trio.start(doomed.node_id)
+
+    trio.heal()
+    assert agreed_members(trio) == {*FOUNDERS, NEWCOMER}
+    assert trio.in_step()["voters"] == 4
+    with trio.resp(trio.primary()) as connection:
+        writes.check(connection.ask)
+    trio.manager.remove(NEWCOMER, report=lambda line: None)
+    assert agreed_members(trio) == set(FOUNDERS)
+
+
+@pytest.mark.parametrize("role", ["primary", "secondary"])
+@pytest.mark.parametrize("point", REMOVE)
+def test_member_removed_when_a_node_dies_at_a_step_then_it_is_gone_for_all_or_for_none(
+    quartet: Cluster, monkeypatch: pytest.MonkeyPatch, role: str, point: str
+) -> None:
+    """What is answered has happened; what nobody but the dead could know has not.
+
+    The one that was to go may lead meanwhile, where it was not removed.
+    """
+    cluster = quartet
+    doomed, writes = doom(cluster, monkeypatch, role, point), Writes()
+    primary = cluster.primary()
+    assert (primary == doomed.node_id) == (role == "primary")
+    with cluster.resp(primary) as connection:
+        assert writes.write(connection)
+    answer = {"status": "UNKNOWN"}
+    with contextlib.suppress(ConnectionError):
+        answer = cluster.ask(primary, f"MEMBER REMOVE {NEWCOMER}")
+    write_until_dead(cluster, doomed, writes)
+
+    cluster.start(doomed.node_id)
+
+    leader = cluster.primary()
+    cluster.in_step(FOUNDERS)
+    is_gone = NEWCOMER not in agreed_members(cluster)
+    step = point.split()[1]
+    if role == "secondary":
+        assert answer["status"] == "OK"
+    if role == "secondary" or step in COMMITTED:
+        assert is_gone
+    elif step in UNSENT:
+        assert not is_gone
+    with cluster.resp(leader) as connection:
+        writes.check(connection.ask)
+    cluster.manager.remove(NEWCOMER, report=lambda line: None)
+    cluster.manager.add(NEWCOMER, report=lambda line: None)
+    assert agreed_members(cluster) == {*FOUNDERS, NEWCOMER}
+    cluster.in_step()
 
 
 # ---- A backup restored -------------------------------------------------------------------------
