@@ -570,6 +570,37 @@ _OWN = (
             "tests/test_replication_log_damage.py::test_open_when_a_torn_tail_is_cut_then_nothing_of_it_stays_behind_later_records",
         ),
     ),
+    Mutant(
+        "all-stand-at-once",
+        "all who hear of the primary's death stand at one time",
+        "raft_core.py",
+        "            wait += self._dead_leader_rank * apart\n",
+        "",
+        (
+            "tests/test_raft_core_thesis.py::test_followers_campaign_one_after_the_other_soon_after_the_leaders_death",
+        ),
+    ),
+    Mutant(
+        "loss-not-noticed",
+        "nobody is told that a follower lacks what it acknowledged",
+        "raft_core.py",
+        "            self._followers.note_loss(message.sender, self.membership)\n",
+        "            pass\n",
+        (
+            "tests/test_raft_core.py::test_follower_that_lacks_what_it_acknowledged_is_named_and_counted_on_no_more",
+        ),
+    ),
+    Mutant(
+        "loss-believed-too-early",
+        "an old refusal is taken for a loss",
+        "raft_core.py",
+        " and message.round > progress.matched_round:",
+        ":",
+        (
+            SIMULATION,
+            "tests/test_raft_core.py::test_follower_that_lacks_what_it_acknowledged_is_named_and_counted_on_no_more",
+        ),
+    ),
 )
 
 MUTANTS: Final[tuple[Mutant, ...]] = (*_FAULT_MODEL, *_OWN)
