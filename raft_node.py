@@ -56,7 +56,7 @@ from raft_frames import Hello, encode_message
 from raft_lease import Lease
 from raft_snapshots import StateKeeper, recovered_core
 from raft_status import TICK_S, MemberStatus, NodeConfig, NodeRole, NodeStatus, Pending, wait_for
-from raft_transport import PeerLink, PeerListener
+from raft_transport import PeerLink, PeerLinks, PeerListener
 from raft_types import (
     AppendEntries,
     Entry,
@@ -142,7 +142,7 @@ class RaftNode:
         self._waiting: deque[Pending] = deque()  # writes, by log index
         self._readers: set[Pending] = set()  # all that wait for a read index, or to reach it
         self._readers_at: list[tuple[int, list[Pending]]] = []  # confirmed, not yet applied
-        self._links: dict[MemberId, PeerLink] = {}
+        self._links = PeerLinks(self._make_link)
         self._connected: set[MemberId] = set()  # peers with a live connection to us
         self._dead: set[MemberId] = set()  # peers whose port refuses, or is another process's
         self._seen = (Role.FOLLOWER, self._core.term, self._core.leader_id)
@@ -523,21 +523,20 @@ class RaftNode:
 
     def _follow_membership_locked(self) -> list[Effect]:
         """Keep one link to each other member."""
-        membership = self._seen_membership = self._core.membership
+        former, membership = self._seen_membership, self._core.membership
+        self._seen_membership = membership
         voters = ",".join(m.node_id for m in membership.members if m.voter)
         learners = ",".join(m.node_id for m in membership.members if not m.voter)
         effects: list[Effect] = [
             partial(log.info, "members voters=%s learners=%s", voters, learners)
         ]
-        for member in membership.members:
-            if member.member_id != self.identity.member_id:
-                effects += self._link_to_locked(member)
+        news = set(membership.members).difference(former.members)
+        effects += [self._links.to(m) for m in news if m.member_id != self.identity.member_id]
+        self._dead.intersection_update(self._links)
         return effects
 
-    def _link_to_locked(self, member: Member) -> list[Effect]:
-        if member.member_id in self._links:
-            return []
-        link = self._links[member.member_id] = PeerLink(
+    def _make_link(self, member: Member) -> PeerLink:
+        return PeerLink(
             self.identity,
             member,
             address=self._address,
@@ -548,7 +547,6 @@ class RaftNode:
             on_peer_dead=self._on_peer_dead,
             on_fatal=self._on_fatal,
         )
-        return [link.start]
 
     # ---- Thread raft-timer ---------------------------------------------------------------------
 
@@ -574,6 +572,9 @@ class RaftNode:
                 self._commit_may_wait = False
                 effects = self._watch_disk_locked(ticks)
                 effects += self._pump_locked() + self._give_up_late_locked(now_s)
+                # A removed member has its link until it has been told, and is gone.
+                needed = {self._core.leader_id, *self._core.progress, *self._connected}
+                effects += self._links.end_others(self._core.membership, needed)
                 effects += [partial(log.warning, "%s", text) for text in self._core.take_notices()]
                 commit = self._core.commit_index
                 self._commit_may_wait = self._core.role is Role.LEADER and commit > last_commit
@@ -935,7 +936,7 @@ class RaftNode:
             self._connected.add(hello.sender)
             # It need not be in our membership: a new leader, or any at all for a new member. It
             # must get its answers all the same (raft-traps T62).
-            effects = self._link_to_locked(peer) or [self._links[hello.sender].kick]
+            effects: list[Effect] = [self._links.to(peer)]
             # Answers on its old connection, or before it had one, are lost: ask anew.
             self._core.link_up(hello.sender)
             effects += self._pump_locked()

@@ -28,8 +28,9 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Final, Protocol, cast
 
 from raft_frames import (
@@ -43,7 +44,7 @@ from raft_frames import (
     encode_message,
     handshake_bytes_after,
 )
-from raft_types import Identity, Member, MemberId, Message
+from raft_types import Identity, Member, MemberId, Membership, Message
 
 log = logging.getLogger(__name__)
 
@@ -386,19 +387,31 @@ class PeerLink:
             self._kicked = True
             self._wakeup.set()
 
-    def close(self, timeout_s: float = 2.0) -> None:
-        """Break the link and end the thread. Not from a callback nor with a lock it may take."""
+    def redirect(self, peer: Member) -> None:
+        """The peer is to be dialled at this address from now on."""
+        with self._lock:
+            self.peer = peer
+            if self._sock is not None:
+                _cut(self._sock)
+        self.kick()
+
+    def end(self) -> None:
+        """Break the link and let the thread end; does not wait for that."""
         with self._lock:
             self._closing = True
             if self._sock is not None:
                 _cut(self._sock)
         self._wakeup.set()
-        if self._thread.ident is not None and self._thread is not threading.current_thread():
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """``end``, and wait. Not from a callback nor with a lock it may take."""
+        self.end()
+        if self._thread.ident is None:
+            self._wakeup.close()
+        elif self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
         if self._thread.is_alive():
             log.warning("peer link does not end node=%s", self.peer.node_id)
-        else:
-            self._wakeup.close()
 
     # ---- Thread raft-peer-<node> ----
 
@@ -412,6 +425,8 @@ class PeerLink:
         except BaseException as error:
             self._on_fatal(error)
             raise
+        finally:
+            self._wakeup.close()
 
     def _dial(self) -> _Channel | None:
         """A connection that the peer has accepted; None if that failed."""
@@ -533,6 +548,36 @@ class PeerLink:
         if self._queue:
             return encode_message(self._hello.cluster_id, self._queue.popleft())
         return self._source(self.peer.member_id)
+
+
+class PeerLinks(dict[MemberId, PeerLink]):
+    """The links by their peers' ids.
+
+    The caller guards it with a lock; what it returns is to be called without that lock.
+    """
+
+    def __init__(self, make: Callable[[Member], PeerLink]) -> None:
+        super().__init__()
+        self._make = make
+
+    def to(self, peer: Member) -> Callable[[], None]:
+        """This peer was heard of, at this address: what makes the link go there now."""
+        link = self.get(peer.member_id)
+        if link is None:
+            link = self[peer.member_id] = self._make(peer)
+            return link.start
+        if (link.peer.host, link.peer.peer_port) == (peer.host, peer.peer_port):
+            return link.kick
+        return partial(link.redirect, peer)
+
+    def end_others(
+        self, membership: Membership, needed: Collection[MemberId | None]
+    ) -> list[Callable[[], None]]:
+        """Let go of the links to all but members and ``needed``: what makes them end."""
+        if len(self) < len(membership.members):
+            return []  # one to each other member: the usual case
+        others = [i for i in self if i not in needed and membership.get(i) is None]
+        return [self.pop(member_id).end for member_id in others]
 
 
 def backoff_s(failures: int) -> float:

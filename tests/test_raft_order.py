@@ -29,7 +29,7 @@ from replication_log import ReplicationLog
 from state_db import StateDb, StateHeader
 from tests.log_files import VOTE, entry, open_log
 from tests.states import open_db, snapshot, state, write
-from tests.test_raft_node import QUICK, Server, Trio
+from tests.trio import QUICK, Server, Trio
 
 
 @pytest.fixture
