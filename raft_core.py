@@ -570,30 +570,20 @@ class RaftCore:
         if self._reads_waiting:
             self._start_read_round()
 
-    def wants_append(self, member_id: MemberId, *, commit_may_wait: bool = False) -> bool:
+    def wants_append(self, member_id: MemberId, commit_due: int | None = None) -> bool:
         """Whether ``append_for`` would give something for this member.
 
-        ``commit_may_wait``: a new commit index alone does not count; the next entries, most often
-        already on their way, carry it for nothing.
+        ``commit_due``: that more than this is committed does not count by itself (None: it does);
+        the next entries, most often already on their way, tell it for nothing.
         """
         progress = self.progress.get(member_id)
         if progress is None:
             return False
-        if self._may_carry_entries(progress) or progress.sent_round < self.round:
-            return True
-        if progress.snapshot_due:
-            return True
-        return not commit_may_wait and self._is_commit_news(progress)
-
-    def _may_carry_entries(self, progress: Progress) -> bool:
-        return progress.next_index <= self.log.last_index and progress.may_send_entries
-
-    def _is_commit_news(self, progress: Progress) -> bool:
-        """Entries are committed that this follower has, and does not know to be."""
-        known = progress.next_index - 1
+        commit_index = self.commit_index if commit_due is None else commit_due
         return (
-            progress.state is ProgressState.REPLICATE
-            and min(self.commit_index, known) > progress.sent_commit
+            progress.may_send_entries(self.log.last_index)
+            or progress.may_send_news(self.round, commit_index)
+            or progress.snapshot_due
         )
 
     def append_for(self, member_id: MemberId) -> AppendEntries | EntriesOnDisk | SnapshotDue | None:
@@ -601,12 +591,12 @@ class RaftCore:
         progress = self.progress.get(member_id)
         if progress is None:
             return None
-        if self._may_carry_entries(progress):
+        if progress.may_send_entries(self.log.last_index):
             entries = self.log.entries(progress.next_index, self.config.append_bytes_max)
             if entries is None:
                 return EntriesOnDisk(progress.next_index, self.log.stable_index)
             return self._append_message(member_id, progress, entries)
-        if progress.sent_round < self.round or self._is_commit_news(progress):
+        if progress.may_send_news(self.round, self.commit_index):
             return self._append_message(member_id, progress, ())
         if progress.snapshot_due:
             return SnapshotDue(progress.next_index)
@@ -621,7 +611,8 @@ class RaftCore:
         if progress is None or not entries or entries[0].index != progress.next_index:
             return None
         last = entries[-1]
-        if not self._may_carry_entries(progress) or not self.log.matches(last.index, last.term):
+        may_send = progress.may_send_entries(self.log.last_index)
+        if not may_send or not self.log.matches(last.index, last.term):
             return None
         return self._append_message(member_id, progress, tuple(entries))
 

@@ -59,15 +59,26 @@ class Progress:
         self._inflight: deque[tuple[int, int]] = deque()  # (last index, bytes), ascending
         self._inflight_bytes = 0
 
-    @property
-    def may_send_entries(self) -> bool:
-        """Whether one more append with entries may go out now."""
+    def may_send_entries(self, last_index: int) -> bool:
+        """Whether an append with entries, of a log up to ``last_index``, may go out now."""
+        if self.next_index > last_index:
+            return False
         if self.state is ProgressState.REPLICATE:
             return (
                 len(self._inflight) < INFLIGHT_MESSAGES_MAX
                 and self._inflight_bytes < INFLIGHT_BYTES_MAX
             )
         return self.state is ProgressState.PROBE and not self.probe_sent
+
+    def may_send_news(self, present_round: int, commit_index: int) -> bool:
+        """Whether there is something to tell without entries: a round, or that some are committed.
+
+        That they are is news of entries only that this follower has.
+        """
+        if self.sent_round < present_round:
+            return True
+        known = self.next_index - 1
+        return self.state is ProgressState.REPLICATE and min(commit_index, known) > self.sent_commit
 
     def sent(self, prev_index: int, last_index: int, size_bytes: int, commit_index: int) -> None:
         """An append of the entries ``prev_index + 1 .. last_index`` is on its way."""

@@ -142,7 +142,7 @@ class Membership:
 
         Source: paper figure 2, "a majority of matchIndex[i] >= N".
         """
-        reached = sorted((match.get(v, 0) for v in self.voters), reverse=True)
+        reached = sorted([match.get(v, 0) for v in self.voters], reverse=True)
         return reached[self.quorum - 1] if reached else 0
 
     def objection_to(self, newcomer: Member) -> str:

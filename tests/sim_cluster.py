@@ -397,7 +397,7 @@ class Simulation(World):
                 continue
             # A link is told to look, or does so by itself.
             is_told = self.chance(0.9)
-            if is_told and not core.wants_append(peer, commit_may_wait=self.chance(0.1)):
+            if is_told and not core.wants_append(peer, 0 if self.chance(0.1) else None):
                 continue
             while peer not in server.reading:
                 append = server.core.append_for(peer)

@@ -234,6 +234,29 @@ def test_follower_is_sent_no_more_than_a_window_ahead_of_its_answers(window: int
     assert len(appends(core, "b")) == 3
 
 
+def test_new_commit_index_may_wait_for_entries_but_only_up_to_the_one_that_is_due() -> None:
+    """What is due is told by itself; what is newer goes with the next entries, for nothing.
+
+    Source: the commit index of an append, paper figure 2; docs/adr/0007.
+    """
+    core = lead()
+    older = core.propose([b"x"])
+    acknowledge(core, "b")
+    flush(core)
+    appends(core, "b")  # tells that it is committed
+    newer = core.propose([b"y"])
+    acknowledge(core, "b")
+    flush(core)
+
+    assert core.commit_index == newer
+    assert core.wants_append("b")
+    assert not core.wants_append("b", commit_due=older)
+    assert core.wants_append("b", commit_due=newer)
+    core.propose([b"z"])
+    assert core.wants_append("b", commit_due=older)
+    assert [message.commit_index for message in appends(core, "b")] == [newer]
+
+
 def test_follower_whose_log_is_not_known_yet_is_probed_with_one_message(window: int) -> None:
     """Until it answers there is no use in sending more; a heartbeat probes again.
 

@@ -468,7 +468,7 @@ def test_follower_that_needs_what_is_gone_from_the_log_is_to_be_sent_the_state(
 
     core.step(AppendReply("c", "a", 2, False, 0, 0, 5, *hint))
 
-    assert core.wants_append("c", commit_may_wait=True)
+    assert core.wants_append("c", commit_due=0)
     assert isinstance(core.append_for("c"), SnapshotDue)
 
 
