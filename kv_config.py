@@ -17,6 +17,7 @@ import re
 import tomllib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Final, Literal, NoReturn, TypeVar
 
@@ -43,8 +44,8 @@ EXIT_REMOVED: Final = 79  # it was removed from its cluster
 PORT_MAX: Final = 65535
 PEER_PORT_OFFSET: Final = 10_000  # as Redis Cluster's bus port
 LOCAL_PORTS: Final = (6379, 6380, 6381)  # where a node without --join looks for its cluster
-# Redis bounds one argument by 512 MiB (proto-max-bulk-len); a peer frame has to carry it too.
-REQUEST_BYTES_RANGE: Final = (1024, 512 * 1024**2)
+# One request is one entry, which one frame between peers has to carry (raft_frames.FRAME_BYTES_MAX).
+REQUEST_BYTES_RANGE: Final = (1024, 64 * 1024**2)
 LOG_BYTES_MIN: Final = 1024**2
 MEMORY_DIR: Final = Path("/dev/shm")  # Linux' file system without a disk
 # Two chances to hear the primary before a campaign: one lost heartbeat is no failure.
@@ -236,7 +237,7 @@ SETTINGS: Final[tuple[Setting, ...]] = (
         "max-request-bytes",
         "SIZE",
         "64MiB",
-        "size of one request, from 1KiB to 512MiB",
+        "size of one request, from 1KiB to 64MiB",
         (int, str),
     ),
     Setting(
@@ -435,10 +436,10 @@ class _Values:
 
 
 def _build(values: _Values) -> Settings:
-    node_id = values.get("node-id", _node_id)
-    host = values.get("host", _host)
-    advertise_host = values.get_or("advertise-host", _host, host)
-    port = values.get("port", _port)
+    node_id = values.get("node-id", parse_node_id)
+    host = values.get("host", parse_host)
+    advertise_host = values.get_or("advertise-host", parse_host, host)
+    port = values.get("port", parse_port)
     local = tuple((advertise_host, other) for other in LOCAL_PORTS)
     join = values.get_or("join", _addresses, local)
     election_timeout_min_s, election_timeout_max_s = values.get("election-timeout", _seconds_range)
@@ -449,7 +450,7 @@ def _build(values: _Values) -> Settings:
         host=host,
         advertise_host=advertise_host,
         port=port,
-        peer_port=values.get_or("peer-port", _port, port + PEER_PORT_OFFSET),
+        peer_port=values.get_or("peer-port", parse_port, port + PEER_PORT_OFFSET),
         primary=values.get("primary", _boolean),
         join=tuple(address for address in join if address != (advertise_host, port)),
         data_dir=values.get_or("data-dir", _path, home / node_id),
@@ -525,7 +526,7 @@ def parse_address(text: str) -> Address:
         raise ValueError("expected HOST:PORT, with an IPv6 host in brackets")
     if not host:
         raise ValueError("expected HOST:PORT")
-    return _host(host), _port(port)
+    return parse_host(host), parse_port(port)
 
 
 def format_address(address: Address) -> str:
@@ -540,7 +541,8 @@ def _addresses(text: str) -> tuple[Address, ...]:
     return tuple(dict.fromkeys(parse_address(part) for part in parts))
 
 
-def _node_id(text: str) -> str:
+def parse_node_id(text: str) -> str:
+    """A node's name. Raises ValueError."""
     # It names a directory and threads, so: no separators, no leading dot, not long.
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}", text):
         raise ValueError("expected 1 to 64 letters, digits, dots, dashes or underscores")
@@ -553,13 +555,24 @@ def _path(text: str) -> Path:
     return Path(text)
 
 
-def _host(text: str) -> str:
-    if not re.fullmatch(r"[A-Za-z0-9._:%-]{1,253}", text):
+# A name whose parts the resolver refuses (empty, or over 63 long) must not get into a membership.
+_HOST_NAME = re.compile(r"(?=.{1,253}\Z)[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*\.?")
+
+
+def parse_host(text: str) -> str:
+    """A host's name or address. This and the next raise ValueError."""
+    if ":" in text:
+        try:
+            IPv6Address(text)
+        except ValueError:
+            raise ValueError("expected a host name or an IP address") from None
+    elif not _HOST_NAME.fullmatch(text):
         raise ValueError("expected a host name or an IP address")
     return text
 
 
-def _port(text: str) -> int:
+def parse_port(text: str) -> int:
+    """A port that can be dialled."""
     if not re.fullmatch(r"[0-9]{1,5}", text) or not 1 <= int(text) <= PORT_MAX:
         raise ValueError(f"expected a port from 1 to {PORT_MAX}")
     return int(text)

@@ -10,17 +10,16 @@ import json
 import logging
 import struct
 import time
-from collections.abc import Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final, TypeVar
 
-import kv_commands
-from kv_config import Settings
+from kv_config import Settings, parse_host, parse_node_id, parse_port
 from kv_errors import BadRequestError, NoSpaceError
 from kv_store import KeyValueStore
 from kv_types import Reply
 from raft_node import RaftNode
 from raft_status import MemberStatus, NodeStatus
-from raft_types import Member, MemberId
+from raft_types import Member, MemberId, Membership
 from state_db import StateDbError
 
 log = logging.getLogger(__name__)
@@ -31,6 +30,7 @@ BACKUP_CHUNK_BYTES: Final = 256 * 1024
 _CHUNK_LENGTH = struct.Struct(">I")
 
 Argv = Sequence[bytes]
+_Value = TypeVar("_Value")
 
 
 # ---- How the node and the cluster are ----------------------------------------------------------
@@ -141,50 +141,60 @@ def _add(node: RaftNode, newcomer: Member) -> None:
     one that has lost its directory: that one is removed first, so that its vote never counts again
     (raft-traps T12). Two that live under one name are not possible.
     """
-    known = node.membership.get(newcomer.member_id)
+    members = node.settled_membership()
+    known = members.get(newcomer.member_id)
     if known is not None:
         moved = newcomer._replace(voter=known.voter, stays_learner=known.stays_learner)
         if moved != known:
-            node.change_members(lambda core: core.change_member(moved))
+            node.change_members(members, lambda core: core.change_member(moved))
         return
-    former = _named(node, newcomer.node_id)
+    former = _named(members, newcomer.node_id)
     if former is not None and not node.is_alive(former.member_id):
         log.warning("node=%s comes back as a new member: the old one goes", former.node_id)
-        node.change_members(lambda core: core.remove_member(former.member_id))
-    objection = node.membership.objection_to(newcomer)
+        node.change_members(members, lambda core: core.remove_member(former.member_id))
+        members = node.settled_membership()
+    objection = members.objection_to(newcomer)
     if objection:
         raise BadRequestError(objection)
-    node.change_members(lambda core: core.add_learner(newcomer))
+    node.change_members(members, lambda core: core.add_learner(newcomer))
 
 
 def _remove(node: RaftNode, node_id: str) -> None:
-    member = _named(node, node_id)
+    members = node.settled_membership()
+    member = _named(members, node_id)
     if member is None:
         raise BadRequestError(f"there is no member {node_id}")
-    objection = node.membership.objection_to_leaving(member.member_id)
+    objection = members.objection_to_leaving(member.member_id)
     if objection:
         raise BadRequestError(objection)
-    node.change_members(lambda core: core.remove_member(member.member_id))
+    node.change_members(members, lambda core: core.remove_member(member.member_id))
 
 
-def _named(node: RaftNode, node_id: str) -> Member | None:
-    return next((m for m in node.membership.members if m.node_id == node_id), None)
+def _named(membership: Membership, node_id: str) -> Member | None:
+    return next((m for m in membership.members if m.node_id == node_id), None)
 
 
 def _newcomer(argv: Argv) -> Member:
-    node_id, member_id, host = map(_text, argv[2:5])
-    port, peer_port = map(kv_commands.parse_int, argv[5:7])
+    node_id, member_id, host, port, peer_port = map(_text, argv[2:7])
     if len(argv) == 8 and argv[7].upper() != b"LEARNER":
         raise BadRequestError("after the ports only LEARNER may follow")
     return Member(
         _checked_member_id(member_id),
-        node_id,
-        host,
-        port,
-        peer_port,
+        _parsed(parse_node_id, node_id),
+        _parsed(parse_host, host),
+        _parsed(parse_port, port),
+        _parsed(parse_port, peer_port),
         voter=False,
         stays_learner=len(argv) == 8,
     )
+
+
+def _parsed(parse: Callable[[str], _Value], text: str) -> _Value:
+    """A part of an address, under the rules of the settings: every node will dial it."""
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise BadRequestError(f"{error}, not '{text}'") from None
 
 
 def _text(word: bytes) -> str:
@@ -208,7 +218,7 @@ def fail_over(node: RaftNode, argv: Argv) -> Reply:
     if len(argv) == 1:
         primary = node.hand_over(None)
     elif len(argv) == 3 and argv[1].upper() == b"TO":
-        target = _named(node, _text(argv[2]))
+        target = _named(node.membership, _text(argv[2]))
         if target is None or not target.voter:
             raise BadRequestError(f"there is no voter {_text(argv[2])}")
         leads = target.member_id == node.identity.member_id and node.is_primary

@@ -67,6 +67,14 @@ class TooMuchUncommittedError(Exception):
     """The log's uncommitted end is at its limit; nothing was appended."""
 
 
+class ImpossibleMessageError(Exception):
+    """No server that keeps to the protocol can have sent this: it was not taken in.
+
+    A bug of ours, or somebody who knows the cluster's ids. To end for it would let one bad server
+    end all others.
+    """
+
+
 class MembershipChangeRefusedError(Exception):
     """A change of membership can't start now; nothing was appended."""
 
@@ -249,6 +257,7 @@ class RaftCore:
     def _campaign(self, *, pre_vote: bool, transfer: bool = False) -> None:
         """Ask for votes, or first whether an election could be won at all (thesis 9.6)."""
         self._votes = {}
+        self.leader_id = None
         if pre_vote:
             self.role = Role.PRE_CANDIDATE
             self._votes[self.member_id] = True
@@ -341,7 +350,7 @@ class RaftCore:
     # ---- Messages ------------------------------------------------------------------------------
 
     def step(self, message: Message) -> None:
-        """Take in a message from a peer."""
+        """Take in a message from a peer. Raises ImpossibleMessageError."""
         if message.term > self.term:
             if not self._accept_newer_term(message):
                 return
@@ -446,10 +455,10 @@ class RaftCore:
     # ---- Replication, the follower's side (paper 5.3) ----
 
     def _hear_leader(self, sender: MemberId) -> None:
-        assert self.role is not Role.LEADER, f"two leaders in term {self.term}"
+        if self.leader_id not in (None, sender):
+            raise ImpossibleMessageError(f"two leaders in term {self.term}")
         if self.role is not Role.FOLLOWER or self.leader_id is None:
             self._become_follower(self.term, sender)
-        assert self.leader_id == sender, f"two leaders in term {self.term}"
         self._election_elapsed_ticks = 0
         if self._dead_leader_attempts > 0:
             # A leader again: the short pause already drawn might be less than a heartbeat.
@@ -459,6 +468,9 @@ class RaftCore:
     def _on_append(self, message: AppendEntries) -> None:
         self._hear_leader(message.sender)
         log = self.log
+        base = log.first_index - 1
+        if message.prev_index >= base and message.prev_term < log.term_at(base):
+            raise ImpossibleMessageError(f"a leader whose log differs at {base}, a committed entry")
         if not log.matches(message.prev_index, message.prev_term):
             index = log.last_index_up_to_term(message.prev_index, message.prev_term)
             self._refuse_append(message, index, log.term_at(index))
@@ -486,6 +498,9 @@ class RaftCore:
                 self._append_entries(entries[position:])
                 return
             if not self.log.matches(entry.index, entry.term):
+                if entry.index <= self.commit_index:
+                    text = f"a leader that would replace {entry.index}, a committed entry"
+                    raise ImpossibleMessageError(text)
                 self._truncate_from(entry.index)
                 self._append_entries(entries[position:])
                 return
@@ -523,10 +538,11 @@ class RaftCore:
         progress = self.progress.get(message.sender)
         if progress is None:
             return
+        if message.match_index > self.log.last_index or message.round > self.round:
+            raise ImpossibleMessageError("an answer to what was not sent")
         progress.heard_ticks = self._now_ticks
         progress.acked_round = max(progress.acked_round, message.round)
         if message.success:
-            assert message.match_index <= self.log.last_index
             if progress.matched(message.match_index, self.round):
                 self._advance_commit()
                 self._go_on_with_transfer()
@@ -851,11 +867,16 @@ class RaftCore:
         return self._append(EntryKind.MEMBERSHIP, [membership.encode()])
 
     @property
+    def membership_is_settled(self) -> bool:
+        """Whether the change that made it is committed, so that it can't be taken back."""
+        return self._memberships.latest_index <= self.commit_index
+
+    @property
     def _may_change_membership(self) -> bool:
         # One at a time, and none before an entry of the own term is committed: without it two
         # leaders could use majorities that do not meet (thesis 4.1, raft-traps T61).
-        is_settled = self._memberships.latest_index <= self.commit_index
-        return self.committed_in_own_term and is_settled and self.transfer_target is None
+        may_change = self.committed_in_own_term and self.membership_is_settled
+        return may_change and self.transfer_target is None
 
     @property
     def is_removed(self) -> bool:
@@ -881,6 +902,7 @@ class RaftCore:
         self._has_vote = self.membership.is_voter(self.member_id)
         if self.role is Role.LEADER:
             self._followers.follow(self.membership, self.log.last_index, self._now_ticks)
+            self._finish_read_round()  # those who have not answered may no longer be needed
 
     def _tell_outsider(self, member_id: MemberId) -> None:
         if self.role is Role.LEADER and self.membership.get(member_id) is None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import IntEnum
 from functools import lru_cache
@@ -21,8 +21,11 @@ from typing import Final
 from raft_types import (
     AppendEntries,
     AppendReply,
+    Entry,
+    EntryKind,
     HashReport,
     MemberId,
+    Membership,
     Message,
     SnapshotChunk,
     SnapshotOutcome,
@@ -38,6 +41,8 @@ FORMAT_VERSION: Final = 2
 FRAME_BYTES_MAX: Final = 80 << 20  # the largest request (64 MiB) and its neighbours in a batch
 HANDSHAKE_BYTES_MAX: Final = 1024  # who has not said its name yet gets no more memory than this
 TEXT_BYTES_MAX: Final = 900  # of a name or a reason in a handshake
+# A server that believed the highest number there is could never stand for election again.
+TERM_MAX: Final = 1 << 62
 PREFIX_BYTES: Final = 4  # the length that each frame begins with
 
 
@@ -227,6 +232,8 @@ class FrameDecoder:
             with memoryview(buffer) as view:
                 frame = bytes(view[:end])
             message = self._decode(frame, _check_frame(frame, checksum))
+            if message.term > TERM_MAX:
+                raise FrameError(f"a frame of term {message.term}")
             del buffer[: end + _CHECKSUM.size]
             yield message
 
@@ -238,6 +245,7 @@ class FrameDecoder:
             if frame_type == FrameType.APPEND_ENTRIES:
                 term, index, index_term, *more = _APPEND_ENTRIES.unpack_from(frame, _HEADER.size)
                 entries = tuple(decode_entries(frame, _HEADER.size + _APPEND_ENTRIES.size))
+                _check_entries(entries, index, index_term, term)
                 return AppendEntries(sender, to, term, index, index_term, entries, *more)
             if frame_type == FrameType.SNAPSHOT_CHUNK:
                 term, snapshot_id, offset, is_last = _SNAPSHOT_CHUNK.unpack_from(
@@ -256,6 +264,23 @@ class FrameDecoder:
         pairs = zip(("cluster", "sender", "receiver"), found, self._ids, strict=True)
         wrong = [f"{what} {is_}, not {should}" for what, is_, should in pairs if is_ != should]
         return f"a frame of {' and '.join(wrong)}"
+
+
+def _check_entries(
+    entries: Sequence[Entry], prev_index: int, prev_term: int, leader_term: int
+) -> None:
+    """Whether they may follow the entry before them, in a log of this leader's.
+
+    Here, so that neither core nor disk has to doubt what it asserts.
+    """
+    for index, entry in enumerate(entries, prev_index + 1):
+        if entry.index != index or entry.term < prev_term:
+            raise ValueError(f"entry {entry.index} of term {entry.term} stands in place of {index}")
+        prev_term = entry.term
+        if entry.kind is EntryKind.MEMBERSHIP:
+            Membership.decode(entry.data)
+    if prev_term > leader_term:
+        raise ValueError(f"an entry of term {prev_term} from a leader of term {leader_term}")
 
 
 def encode_handshake(message: Hello | Refused) -> bytes:

@@ -27,7 +27,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -44,6 +43,7 @@ from kv_types import Reply
 from raft_audit import StateAudit
 from raft_core import (
     EntriesOnDisk,
+    ImpossibleMessageError,
     MembershipChangeRefusedError,
     NotLeaderError,
     RaftCore,
@@ -52,11 +52,21 @@ from raft_core import (
     TransferRefusedError,
     TransferUnderWayError,
 )
-from raft_frames import Hello, encode_message
+from raft_frames import FrameError, Hello, encode_message
 from raft_lease import Lease
 from raft_snapshots import StateKeeper, recovered_core
-from raft_status import TICK_S, MemberStatus, NodeConfig, NodeRole, NodeStatus, Pending, wait_for
-from raft_transport import PeerLink, PeerLinks, PeerListener
+from raft_status import (
+    TICK_S,
+    MemberStatus,
+    NodeConfig,
+    NodeRole,
+    NodeStatus,
+    OwnBugs,
+    Pending,
+    Waiting,
+    wait_for,
+)
+from raft_transport import LATER, PeerLink, PeerLinks, PeerListener
 from raft_types import (
     AppendEntries,
     Entry,
@@ -124,6 +134,7 @@ class RaftNode:
         self._boot_id = boot_id
         self._on_step_down = on_step_down
         self._on_fatal = on_fatal
+        self._own_bugs = OwnBugs(on_fatal)
         self._upkeep = upkeep  # raft-applier asks the leader's store for payloads to propose
         self._clock = clock
         self._listener = listener
@@ -140,9 +151,7 @@ class RaftNode:
         # Told to the peers without entries only up to here; None: to its end, at once.
         self._commit_due: int | None = None
         self._applying = False  # one thread at a time, in the log's order
-        self._waiting: deque[Pending] = deque()  # writes, by log index
-        self._readers: set[Pending] = set()  # all that wait for a read index, or to reach it
-        self._readers_at: list[tuple[int, list[Pending]]] = []  # confirmed, not yet applied
+        self._waiting = Waiting()
         self._links = PeerLinks(self._make_link)
         self._connected: set[MemberId] = set()  # peers with a live connection to us
         self._dead: set[MemberId] = set()  # peers whose port refuses, or is another process's
@@ -229,7 +238,7 @@ class RaftNode:
         where replication is asynchronous. Raises NotPrimaryError, NoPrimaryError, BusyError or
         NoSpaceError: nothing was proposed. Later there is only OutcomeUnknownError.
         """
-        with self._lock:
+        with self._own_bugs, self._lock:
             self._check_serving_locked()
             if self._bytes_free < DISK_FLOOR_BYTES:
                 raise NoSpaceError("the primary's disk is full: free some space")
@@ -243,7 +252,7 @@ class RaftNode:
                 raise BusyError("too many writes wait for a majority; try again") from None
             pending = self._pending_locked(first, first + len(payloads) - 1, on_done)
             pending.blind = blind and self.config.async_replication
-            self._waiting.append(pending)
+            self._waiting.add_write(pending)
             effects = self._pump_locked()
         self._settle(effects)
 
@@ -262,7 +271,7 @@ class RaftNode:
         Raises NotPrimaryError or NoPrimaryError, which are also the only errors later: a read
         that failed is always definite.
         """
-        with self._lock:
+        with self._own_bugs, self._lock:
             self._check_serving_locked()
             core = self._core
             # With asynchronous replication what was answered OK may not be committed yet, and
@@ -271,9 +280,10 @@ class RaftNode:
             reader = self._pending_locked(0, last, on_done)
             if core.role is not Role.LEADER:
                 raise self._not_primary_locked()
-            self._readers.add(reader)
+            self._waiting.add_read(reader)
             if self._lease.is_valid() and core.committed_in_own_term:
-                effects = self._confirm_reads_locked(core.commit_index, [reader])
+                done = self._waiting.confirmed(core.commit_index, [reader], self._applied_index)
+                effects = self._done_locked(done)
             else:
                 core.read_index(reader)
                 effects = self._pump_locked()
@@ -345,22 +355,38 @@ class RaftNode:
             is_up = link is not None and link.is_up
         return is_up or member_id in self._connected or member_id == self.identity.member_id
 
-    def change_members(self, change: Callable[[RaftCore], int]) -> None:
+    def settled_membership(self) -> Membership:
+        """Who belongs to the cluster, by a change that can't be taken back any more.
+
+        Raises BusyError while one is under way, and what ``propose`` raises.
+        """
+        with self._lock:
+            self._check_serving_locked()
+            if self._core.role is not Role.LEADER:
+                raise self._not_primary_locked()
+            if not self._core.membership_is_settled:
+                raise BusyError("a change of members is under way; try again")
+            return self._core.membership
+
+    def change_members(self, present: Membership, change: Callable[[RaftCore], int]) -> None:
         """Let the core propose a change of membership, and wait until it is applied.
 
-        ``change`` returns the entry's index. Raises what ``propose`` raises.
+        ``change`` returns the entry's index; it was made with ``present`` in mind. Raises what
+        ``propose`` raises; BusyError also if the members are others by now.
         """
 
         def begin(on_done: Callable[[Pending], None]) -> None:
-            with self._lock:
+            with self._own_bugs, self._lock:
                 self._check_serving_locked()
                 if self._core.role is not Role.LEADER:
                     raise self._not_primary_locked()
+                if self._core.membership is not present:
+                    raise BusyError("the members have changed meanwhile; try again")
                 try:
                     index = change(self._core)
                 except MembershipChangeRefusedError as error:
                     raise BusyError(str(error)) from None
-                self._waiting.append(self._pending_locked(index, index, on_done))
+                self._waiting.add_write(self._pending_locked(index, index, on_done))
                 effects = self._pump_locked()
             self._settle(effects)
 
@@ -371,7 +397,7 @@ class RaftNode:
 
         Raises NotPrimaryError, NoPrimaryError, or BusyError if it did not succeed in time.
         """
-        with self._lock:
+        with self._own_bugs, self._lock:
             if self._core.role is not Role.LEADER:
                 raise self._not_primary_locked()
             if self._dead.issuperset(self._others_locked()):
@@ -465,8 +491,9 @@ class RaftNode:
             for member_id, link in self._links.items()
             if core.wants_append(member_id, self._commit_due)
         ]
-        for read_index, tokens in core.take_reads():
-            effects += self._confirm_reads_locked(read_index, tokens)  # type: ignore[arg-type]
+        for read_index, readers in core.take_reads():
+            done = self._waiting.confirmed(read_index, readers, self._applied_index)  # type: ignore[arg-type]
+            effects += self._done_locked(done)
         if core.membership is not self._seen_membership:
             effects += self._follow_membership_locked()
         if (core.role, core.term, core.leader_id) != self._seen:
@@ -474,20 +501,12 @@ class RaftNode:
         self._lease.follow(core)
         return effects
 
-    def _confirm_reads_locked(self, read_index: int, readers: list[Pending]) -> list[Effect]:
-        read_index = max(read_index, *(reader.last for reader in readers))
-        if read_index > self._applied_index:
-            self._readers_at.append((read_index, readers))
-            return []
-        return self._finish_readers_locked(readers)
-
-    def _finish_readers_locked(self, readers: list[Pending]) -> list[Effect]:
-        # Whoever loses the leadership first fails its readers, with the lock held: so this node
-        # still leads in their term (raft-traps T48).
-        assert self._core.role is Role.LEADER
-        assert all(reader.term == self._core.term for reader in readers)
-        self._readers.difference_update(readers)
-        return [reader.finish for reader in readers]
+    def _done_locked(self, done: Sequence[Pending]) -> list[Effect]:
+        # Whoever loses the leadership first gives up all that waits, with the lock held: so this
+        # node still leads, in their term (raft-traps T48).
+        assert not done or self._core.role is Role.LEADER
+        assert all(pending.term == self._core.term for pending in done)
+        return [pending.finish for pending in done]
 
     def _follow_role_locked(self) -> list[Effect]:
         """What a change of role, term or leader asks for."""
@@ -512,14 +531,7 @@ class RaftNode:
         return effects
 
     def _fail_waiting_locked(self, error: OutcomeUnknownError) -> list[Effect]:
-        failed = [*self._waiting, *self._readers]
-        for pending in self._waiting:
-            pending.error = error
-        for reader in self._readers:
-            reader.error = self._not_primary_locked()
-        self._waiting.clear()
-        self._readers.clear()
-        self._readers_at.clear()
+        failed = self._waiting.fail_all(error, self._not_primary_locked())
         return [pending.finish for pending in failed]
 
     def _follow_membership_locked(self) -> list[Effect]:
@@ -563,6 +575,7 @@ class RaftNode:
             ticks = min(int((now_s - last_s) / TICK_S), ticks_max)
             last_s = now_s if ticks == ticks_max else last_s + ticks * TICK_S
             with self._lock:
+                self._core.check_invariants()
                 # A follower whose own disk is slow has no cause to doubt its leader: it may not
                 # have read yet what that one sent (raft-traps T23).
                 if self._core.role is Role.LEADER or not self._core.is_writing:
@@ -605,12 +618,9 @@ class RaftNode:
         return [partial(log.error, "the disk hangs: this node does not lead until it answers")]
 
     def _give_up_late_locked(self, now_s: float) -> list[Effect]:
-        late: list[Effect] = []
-        while self._waiting and self._waiting[0].deadline_s <= now_s:
-            pending = self._waiting.popleft()
-            pending.error = OutcomeUnknownError("no majority has confirmed the write in time")
-            late.append(pending.finish)
-        return late
+        text = "no majority has confirmed it in time"
+        late = self._waiting.late(now_s, OutcomeUnknownError(text), NoPrimaryError(text))
+        return [pending.finish for pending in late]
 
     # ---- Any thread: the work that a change of the core has made due ----------------------------
 
@@ -619,11 +629,11 @@ class RaftNode:
 
         Not on raft-timer, which must never wait for the disk (raft-traps T24).
         """
-        _run(effects)
         # On a client's thread as well: a disk or a store that fails is never only that client's.
-        self._guard(self._do_due_work)
+        self._guard(partial(self._do_due_work, effects))
 
-    def _do_due_work(self) -> None:
+    def _do_due_work(self, effects: Sequence[Effect]) -> None:
+        _run(effects)
         with self._lock:
             ready = self._core.ready()
         if ready is None:
@@ -694,7 +704,7 @@ class RaftNode:
         effects = self._post_locked(ready.messages)
         effects += self._pump_locked()
         if self.config.async_replication and self._core.role is Role.LEADER:
-            effects += self._finish_blind_locked(self._core.log.stable_index)
+            effects += self._done_locked(self._waiting.durable(self._core.log.stable_index))
         return effects
 
     def _post_locked(self, messages: Sequence[Message]) -> list[Effect]:
@@ -703,11 +713,6 @@ class RaftNode:
             for message in messages
             if (link := self._links.get(message.to)) is not None
         ]
-
-    def _finish_blind_locked(self, stable_index: int) -> list[Effect]:
-        done = [p for p in self._waiting if p.blind and p.last <= stable_index]
-        self._waiting = deque(p for p in self._waiting if not p.blind or p.last > stable_index)
-        return [pending.finish for pending in done]
 
     def _check_disk_space(self) -> None:
         was_full = self.disk_is_full
@@ -754,31 +759,8 @@ class RaftNode:
             self._apply_over.notify()
             self._applied_index = last.index
             self._core.applied_to(last.index)
-            effects = self._finish_applied_locked(entries, replies)
+            effects = self._done_locked(self._waiting.applied(entries, replies))
         _run(effects)
-
-    def _finish_applied_locked(
-        self, entries: Sequence[Entry], replies: list[Reply]
-    ) -> list[Effect]:
-        """Those whose entries, or read index, have been applied are done."""
-        first, last = entries[0].index, entries[-1].index
-        waiting = self._waiting
-        done: list[Effect] = []
-        while waiting and waiting[0].first <= last:
-            pending = waiting[0]
-            # What was proposed in one go may be applied in several: its replies gather.
-            begin = pending.first + len(pending.replies) - first
-            end = min(pending.last, last) - first + 1
-            # Leadership was lost and won again: whose entry stands here? (raft-traps T33)
-            assert all(entry.term == pending.term for entry in entries[begin:end])
-            pending.replies += replies[begin:end]
-            if pending.last > last:
-                break
-            waiting.popleft()
-            done.append(pending.finish)
-        while self._readers_at and self._readers_at[0][0] <= last:
-            done += self._finish_readers_locked(self._readers_at.pop(0)[1])
-        return done
 
     def _do_upkeep(self) -> None:
         """Propose what the store wants done (expiry), and compare states with the others."""
@@ -815,11 +797,13 @@ class RaftNode:
 
     # ---- Threads raft-peer-NAME ----------------------------------------------------------------
 
-    def _next_append(self, member_id: MemberId) -> bytes | None:
-        """The next frame for this peer, with all that has gathered for it."""
+    def _next_append(self, member_id: MemberId, may_wait: bool) -> bytes | None:
+        """The next frame for this peer, with all that has gathered for it; see PeerLink."""
         with self._lock:
             message = self._append_for_locked(member_id)
         while isinstance(message, EntriesOnDisk):
+            if not may_wait:
+                return LATER  # raft-timer, for one, must never wait for a disk (raft-traps T24)
             entries = self._read_for_peer(message)
             with self._lock:
                 message = self._core.append_with(member_id, entries)
@@ -888,6 +872,9 @@ class RaftNode:
 
     def drop_log(self, index: int) -> None:
         with self._changing_disk:
+            with self._lock:
+                # What others hold may be applied, and saved, before this disk is known to have it.
+                index = min(index, self._core.log.stable_index + 1)
             first_index = self._disk.drop_before(index)
         with self._lock:
             self._core.compacted_to(first_index)
@@ -953,7 +940,11 @@ class RaftNode:
         self._settle(effects)
 
     def on_messages(self, messages: Sequence[Message]) -> None:
-        """A peer's messages (of the listener): one write and one answer for all of them."""
+        """A peer's messages (of the listener): one write and one answer for all of them.
+
+        Raises FrameError for one that no server of ours can have sent.
+        """
+        lie: ImpossibleMessageError | None = None
         with self._lock:
             core = self._core
             effects: list[Effect] = []
@@ -961,7 +952,11 @@ class RaftNode:
                 if isinstance(message, HashReport):
                     effects += self._take_report_locked(message)
                     continue
-                core.step(message)
+                try:
+                    core.step(message)
+                except ImpossibleMessageError as error:
+                    lie = error
+                    break
                 if isinstance(message, SnapshotChunk):
                     if message.sender == core.leader_id and message.term == core.term:
                         effects.append(partial(self._keeper.on_chunk, message))
@@ -978,6 +973,8 @@ class RaftNode:
             _run(effects)
         else:
             self._settle(effects)
+        if lie is not None:
+            raise FrameError(str(lie))
 
     def _take_report_locked(self, report: HashReport) -> list[Effect]:
         core, audit = self._core, self._audit

@@ -53,6 +53,9 @@ SAVE_INTERVAL_S: Final = 60.0
 POLL_S: Final = 0.5
 RESEND_S: Final = 3.0
 RETRY_S: Final = 5.0
+# To install a large state takes seconds. Who is silent for longer is gone; the copy that it was to
+# get is not kept, nor the log behind it. Should it come back, it begins anew.
+SILENCE_S: Final = 120.0
 # While a snapshot is under way, the log behind it is kept up to this many times its usual size.
 PINNED_FACTOR: Final = 4
 
@@ -112,8 +115,17 @@ def fit_log(disk: ReplicationLog, snapshot: Snapshot) -> bool:
     if index <= disk.last_index and disk.term_at(index) == snapshot.term:
         return False
     log.warning("the log does not hold what the state has: it begins anew index=%d", index)
-    disk.reset(index, snapshot.term)
+    _begin_log_after(disk, index, snapshot.term)
     return True
+
+
+def _begin_log_after(disk: ReplicationLog, index: int, term: int) -> None:
+    """Empty the log, to go on after ``index``, which a state has reached."""
+    # A term that the state has seen is one that this server has reached, even if its own disk has
+    # not: what others hold on a majority may be applied from memory. No vote was given in it.
+    if term > disk.hard_state.term:
+        disk.append(HardState(term, None), [])
+    disk.reset(index, term)
 
 
 def restore_backup(path: Path, disk: ReplicationLog, state: StateDb) -> StateHeader:
@@ -130,9 +142,7 @@ def restore_backup(path: Path, disk: ReplicationLog, state: StateDb) -> StateHea
         writer.install()
     finally:
         writer.abort()
-    # A term that the state has seen is one that this server has reached.
-    disk.append(HardState(header.applied_term, None), [])
-    disk.reset(header.applied_index, header.applied_term)
+    _begin_log_after(disk, header.applied_index, header.applied_term)
     return header
 
 
@@ -174,6 +184,7 @@ class _Outgoing:
     snapshot_id: int
     began_s: float
     sent_s: float
+    heard_s: float  # when the follower last answered
     offset: int = 0  # the follower has what comes before
 
 
@@ -217,6 +228,8 @@ class StateKeeper:
         self._over: list[_Outgoing] = []  # whose files are to be closed
         self._incoming: _Incoming | None = None
         self._stopping = False
+        # Held by who writes a chunk: a peer that dials anew may have two threads here for a moment.
+        self._receiving = threading.Lock()
         # Held while the state is saved; guards what follows. Outside of any other lock.
         self._saving = threading.Lock()
         self._saved_index = saved_index
@@ -263,7 +276,7 @@ class StateKeeper:
         outgoing.sent_s = time.monotonic()
         try:
             data = outgoing.reader.read(outgoing.offset, CHUNK_BYTES)
-        except OSError as error:  # closed: this leadership is over
+        except OSError as error:  # closed: the transfer is over
             log.debug("snapshot not sent: %s", error)
             return
         self._host.post(
@@ -284,13 +297,14 @@ class StateKeeper:
             outgoing = self._outgoing.get(reply.sender)
             if outgoing is None or outgoing.snapshot_id != reply.snapshot_id:
                 return
+            outgoing.heard_s = time.monotonic()
             if reply.outcome is not SnapshotOutcome.MORE:
                 self._over.append(self._outgoing.pop(reply.sender))
                 self._due.notify()
         index = None
         if reply.outcome is SnapshotOutcome.MORE:
             # An answer that is repeated asks for nothing new.
-            if reply.received_bytes > outgoing.offset:
+            if outgoing.offset < reply.received_bytes <= outgoing.reader.size_bytes:
                 outgoing.offset = reply.received_bytes
                 self._send(outgoing, reply.term)
             return
@@ -308,10 +322,17 @@ class StateKeeper:
 
     def on_chunk(self, chunk: SnapshotChunk) -> None:
         """A chunk from the leader of the present term."""
+        with self._receiving:
+            self._take_chunk(chunk)
+
+    def _take_chunk(self, chunk: SnapshotChunk) -> None:
         with self._lock:
             incoming = self._incoming
             if incoming is not None and incoming.is_whole:
-                incoming.last_chunk = chunk  # answered when that one is installed
+                # Answered when that one is installed. Of another transfer nothing is known yet: it
+                # gets no answer, and is sent again.
+                if incoming.last_chunk.snapshot_id == chunk.snapshot_id:
+                    incoming.last_chunk = chunk
                 return
         if incoming is None or incoming.last_chunk.snapshot_id != chunk.snapshot_id:
             if chunk.offset:
@@ -446,7 +467,7 @@ class StateKeeper:
                 if self._term == term:
                     self._wanted.add(member_id)
             return
-        outgoing = _Outgoing(member_id, reader, secrets.randbits(63), now_s, now_s)
+        outgoing = _Outgoing(member_id, reader, secrets.randbits(63), now_s, now_s, now_s)
         with self._lock:
             if self._term != term or member_id in self._outgoing:
                 self._over.append(outgoing)
@@ -458,9 +479,15 @@ class StateKeeper:
         self._send(outgoing, term)
 
     def _resend_late(self) -> None:
-        oldest_s = time.monotonic() - RESEND_S
+        now_s = time.monotonic()
         with self._lock:
-            late = [m for m, outgoing in self._outgoing.items() if outgoing.sent_s < oldest_s]
+            outgoing = list(self._outgoing.values())
+            silent = [o.member_id for o in outgoing if o.heard_s < now_s - SILENCE_S]
+            late = [o.member_id for o in outgoing if o.sent_s < now_s - RESEND_S]
+            self._over += [self._outgoing.pop(member_id) for member_id in silent]
+        for member_id in silent:
+            log.warning("snapshot given up, for no answer comes from member=%s", member_id)
+            self._host.snapshot_ended(member_id, None)
         for member_id in late:
             self.resend(member_id)
 
@@ -475,8 +502,11 @@ class StateKeeper:
             self._refuse(incoming, error)
             return
         snapshot = snapshot_of(header)
-        if self._host.install(snapshot, received, incoming.writer.install):
-            self._saved_index = snapshot.index
+        with self._saving:
+            installed = self._host.install(snapshot, received, incoming.writer.install)
+            if installed:
+                self._saved_index = snapshot.index
+        if installed:
             log.info("installed a snapshot index=%d keys=%d", snapshot.index, header.keys)
         incoming.writer.abort()
         with self._lock:

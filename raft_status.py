@@ -1,19 +1,20 @@
 """What the driver is told, shows and holds: settings, a node's status, writes and reads under way.
 
-Values and one small class; the one who fills them is ``raft_node.py``.
+Values, and ``Waiting``: who waits for which of them. Whose they are is ``raft_node.py``.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
 from kv_errors import KVError
 from kv_types import Reply
-from raft_types import Identity, Member, RaftConfig
+from raft_types import Entry, Identity, Member, RaftConfig
 
 TICK_S: Final = 0.01
 
@@ -109,6 +110,92 @@ class Pending:
         self.on_done(self)
 
 
+class Waiting:
+    """All writes and reads under way. Who comes out of a method is done, and is to be finished.
+
+    No lock of its own: the node's.
+    """
+
+    def __init__(self) -> None:
+        self._writes: deque[Pending] = deque()  # by log index
+        # All reads, the oldest first: for a read index, or (then also in _reads_at) to reach it.
+        self._reads: dict[Pending, None] = {}
+        self._reads_at: list[tuple[int, Sequence[Pending]]] = []  # by the index that they wait for
+
+    def add_write(self, pending: Pending) -> None:
+        """Its entries are the last of the log."""
+        self._writes.append(pending)
+
+    def add_read(self, reader: Pending) -> None:
+        """It has no read index yet."""
+        self._reads[reader] = None
+
+    def applied(self, entries: Sequence[Entry], replies: Sequence[Reply]) -> list[Pending]:
+        """These entries have been applied, with these replies."""
+        first, last = entries[0].index, entries[-1].index
+        writes = self._writes
+        done: list[Pending] = []
+        while writes and writes[0].first <= last:
+            pending = writes[0]
+            # What was proposed in one go may be applied in several: its replies gather.
+            begin = pending.first + len(pending.replies) - first
+            end = min(pending.last, last) - first + 1
+            # Leadership was lost and won again: whose entry stands here? (raft-traps T33)
+            assert all(entry.term == pending.term for entry in entries[begin:end])
+            pending.replies += replies[begin:end]
+            if pending.last > last:
+                break
+            done.append(writes.popleft())
+        while self._reads_at and self._reads_at[0][0] <= last:
+            done += self._take_reads(self._reads_at.pop(0)[1])
+        return done
+
+    def confirmed(
+        self, read_index: int, readers: Sequence[Pending], applied_index: int
+    ) -> list[Pending]:
+        """A majority has confirmed the leadership since these asked: they may read there."""
+        read_index = max(read_index, *(reader.last for reader in readers))
+        if read_index <= applied_index:
+            return self._take_reads(readers)
+        self._reads_at.append((read_index, readers))
+        return []
+
+    def _take_reads(self, readers: Sequence[Pending]) -> list[Pending]:
+        # Some may have been given up meanwhile, which the core does not know.
+        done = [reader for reader in readers if reader in self._reads]
+        for reader in done:
+            del self._reads[reader]
+        return done
+
+    def durable(self, stable_index: int) -> list[Pending]:
+        """The log is on this node's disk up to here, which is all that blind writes wait for."""
+        done = [p for p in self._writes if p.blind and p.last <= stable_index]
+        self._writes = deque(p for p in self._writes if not p.blind or p.last > stable_index)
+        return done
+
+    def late(self, now_s: float, write_error: KVError, read_error: KVError) -> list[Pending]:
+        """Those whose deadline has passed, given up with these errors."""
+        late: list[Pending] = []
+        while self._writes and self._writes[0].deadline_s <= now_s:
+            late.append(self._writes.popleft())
+            late[-1].error = write_error
+        while self._reads and (reader := next(iter(self._reads))).deadline_s <= now_s:
+            del self._reads[reader]
+            late.append(reader)
+            reader.error = read_error
+        return late
+
+    def fail_all(self, write_error: KVError, read_error: KVError) -> list[Pending]:
+        """Everything, given up with these errors."""
+        failed = [*self._writes, *self._reads]
+        for pending in failed:
+            pending.error = read_error if pending in self._reads else write_error
+        self._writes.clear()
+        self._reads.clear()
+        self._reads_at.clear()
+        return failed
+
+
 def wait_for(begin: Callable[[Callable[[Pending], None]], None]) -> Pending:
     """Begin something, sleep until it is done, and return it. Raises its error."""
     done: list[Pending] = []
@@ -125,3 +212,17 @@ def wait_for(begin: Callable[[Callable[[Pending], None]], None]) -> Pending:
     if pending.error is not None:
         raise pending.error
     return pending
+
+
+class OwnBugs:
+    """Whatever thread it is on, a client's too: an assertion that fails within ends the process."""
+
+    def __init__(self, on_fatal: Callable[[BaseException], None]) -> None:
+        self._on_fatal = on_fatal
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, AssertionError):
+            self._on_fatal(error)

@@ -53,6 +53,7 @@ QUEUE_MESSAGES_MAX: Final = 256
 UNIDENTIFIED_MAX: Final = 64  # connections that have not said their name yet
 SENDERS_MAX: Final = 64  # connections that have: more than any sensible cluster has members
 CONNECT_TIMEOUT_S: Final = 1.0
+LATER: Final = b""  # instead of a frame: there is one, but to get it takes waiting
 BACKOFF_S_MIN: Final = 0.05
 BACKOFF_S_MAX: Final = 1.0
 
@@ -283,7 +284,7 @@ class PeerLink:
         address: tuple[str, int],
         boot_id: str,
         lease_reads: bool,
-        source: Callable[[MemberId], bytes | None],
+        source: Callable[[MemberId, bool], bytes | None],
         on_up: Callable[[MemberId], None],
         on_peer_dead: Callable[[MemberId], None],
         on_fatal: Callable[[BaseException], None],
@@ -291,7 +292,9 @@ class PeerLink:
         handshake_timeout_s: float = 5.0,
         send_timeout_s: float = 5.0,
     ) -> None:
-        """``source(member_id)`` is asked for frames by ``push``, until it returns None.
+        """``source(member_id, may_wait)`` is asked for frames until it returns None.
+
+        Where it must not wait, for a disk say, it may return LATER: the link's thread asks again.
 
         ``address`` is where the peer can dial this server, for its answers.
         ``on_fatal`` gets what a callback raised, just before the thread dies of it.
@@ -376,8 +379,8 @@ class PeerLink:
     def _try_send_all(self, channel: _Channel) -> bool:
         if channel.has_rest():
             return False
-        while (frame := self._next()) is not None:
-            if not channel.try_send(frame):
+        while (frame := self._next(may_wait=False)) is not None:
+            if frame is LATER or not channel.try_send(frame):
                 return False
         return True
 
@@ -438,7 +441,7 @@ class PeerLink:
             self._note_failure(logging.WARNING, _reason(error))
             self._judge("")
             return None
-        except (OSError, FrameError) as error:
+        except (OSError, FrameError, ValueError) as error:  # the last: a host that can't be one
             self._note_failure(logging.WARNING, _reason(error))
             return None
         if isinstance(answer, Refused):
@@ -540,14 +543,14 @@ class PeerLink:
                 self._due = False
                 if channel.has_rest():
                     channel.send(b"")
-                while not self._closing and (frame := self._next()) is not None:
+                while not self._closing and (frame := self._next(may_wait=True)) is not None:
                     channel.send(frame)
 
-    def _next(self) -> bytes | None:
+    def _next(self, *, may_wait: bool) -> bytes | None:
         # Votes and replies are small and urgent: they pass before the next batch of entries.
         if self._queue:
             return encode_message(self._hello.cluster_id, self._queue.popleft())
-        return self._source(self.peer.member_id)
+        return self._source(self.peer.member_id, may_wait)
 
 
 class PeerLinks(dict[MemberId, PeerLink]):

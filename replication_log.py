@@ -296,6 +296,11 @@ class ReplicationLog:
 
     # ---- One thread at a time ----
 
+    @property
+    def hard_state(self) -> HardState:
+        """The one on the disk."""
+        return self._hard_state
+
     def append(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
         """Make a new hard state (None: unchanged) and entries durable, with one write and one sync.
 

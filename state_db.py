@@ -402,6 +402,8 @@ class SnapshotReader:
     def __init__(self, header: StateHeader, fd: int) -> None:
         """Takes over ``fd``, of a database without a seal."""
         self.header = header
+        # Guards _fd, whose number may be another file's as soon as it is closed.
+        self._lock = threading.Lock()
         self._fd = fd
         database_bytes = os.fstat(fd).st_size
         digest = _digest(fd, database_bytes)
@@ -410,12 +412,16 @@ class SnapshotReader:
         self.size_bytes = database_bytes + len(seal)
 
     def read(self, offset: int, bytes_max: int) -> bytes:
-        """Bytes from ``offset``; none at the end."""
-        return os.pread(self._fd, bytes_max, offset)
+        """Bytes from ``offset``; none at the end. Raises OSError, also after ``close``."""
+        with self._lock:
+            return os.pread(self._fd, bytes_max, offset)
 
     def close(self) -> None:
-        """Give the disk's space back, after the last ``read``."""
-        os.close(self._fd)
+        """Give the disk's space back."""
+        with self._lock:
+            fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
 
 class SnapshotWriter:

@@ -519,7 +519,7 @@ class Candidate:
             address=self._listener.address,
             boot_id=self._boot_id,
             lease_reads=False,
-            source=lambda member_id: None,
+            source=lambda member_id, may_wait: None,
             on_up=lambda member_id: None,
             on_peer_dead=lambda member_id: None,
             on_fatal=self._on_fatal,

@@ -209,8 +209,8 @@ _FAULT_MODEL = (
         "M14",
         "membership may change before an entry of the own term is committed",
         "raft_core.py",
-        "        return self.committed_in_own_term and is_settled and",
-        "        return is_settled and",
+        "        may_change = self.committed_in_own_term and self.membership_is_settled\n",
+        "        may_change = self.membership_is_settled\n",
         (
             SIMULATION,
             "tests/test_raft_core_members.py::test_membership_does_not_change_before_an_entry_of_the_own_term_is_committed",

@@ -96,6 +96,7 @@ class SimServer(Watched):
         self.receiving = Receiving()
         # How far a state received is; until it is in force this server's own must not be saved.
         self.installing = ""
+        self.last_chunk: SnapshotChunk | None = None  # of the state that is being installed
         # What is being saved.
         self.saving: Flush | None = None
         self.disk_hangs_until = 0.0
@@ -585,6 +586,10 @@ class Simulation(World):
             server.core.answer_chunk(chunk, 0, SnapshotOutcome.REFUSED)  # which it does not send
             return
         if server.installing:
+            # Answered when that state is installed; one of another transfer is not.
+            assert server.last_chunk is not None
+            if server.last_chunk.snapshot_id == chunk.snapshot_id:
+                server.last_chunk = chunk
             return
         result = server.receiving.take(chunk, self.invariants.entries_of(chunk.snapshot_id))
         if not isinstance(result, SimState):
@@ -594,24 +599,26 @@ class Simulation(World):
         else:
             self._end_saving(server, saved=False)
             server.installing = "a state received"
-            self._next_step(server, self._install, server, chunk, result)
+            server.last_chunk = chunk
+            self._next_step(server, self._install, server, result)
 
-    def _install(self, server: SimServer, chunk: SnapshotChunk, state: SimState) -> None:
+    def _install(self, server: SimServer, state: SimState) -> None:
         """The state is whole and synced: put it in the place of the server's own."""
-        if server.up and not self.sleeps(server, self._install, server, chunk, state):
+        if server.up and not self.sleeps(server, self._install, server, state):
             self.invariants.on_save(server, state)
             server.disk.save(state)
             server.installing = "a state in place"
-            self._next_step(server, self._restore, server, chunk, state)
+            self._next_step(server, self._restore, server, state)
 
-    def _restore(self, server: SimServer, chunk: SnapshotChunk, state: SimState) -> None:
+    def _restore(self, server: SimServer, state: SimState) -> None:
         """It is in place: load it."""
-        if server.up and not self.sleeps(server, self._restore, server, chunk, state):
+        if server.up and not self.sleeps(server, self._restore, server, state):
             self.say(f"{server.name} restores the state at {state.snapshot.index}")
+            assert server.last_chunk is not None
             server.installing = ""
             server.core.restore(state.snapshot)
             self.invariants.on_restore(server, state)
-            server.core.answer_chunk(chunk, 0, SnapshotOutcome.INSTALLED)
+            server.core.answer_chunk(server.last_chunk, 0, SnapshotOutcome.INSTALLED)
             self.after(server)
 
     # ---- The network ----

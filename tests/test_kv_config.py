@@ -241,8 +241,8 @@ def test_environment_when_a_value_is_wrong_then_names_the_variable():
         (["--election-timeout", "8-5"], "8 is more than 5"),
         (["--heartbeat-interval", "2.6"], "has to be 5.2 s or more"),
         (["--host", "0.0.0.0"], "--advertise-host"),
-        (["--max-request-bytes", "1023"], "1023 is not from 1024 to 536870912"),
-        (["--max-request-bytes", "513mb"], "is not from 1024 to 536870912"),
+        (["--max-request-bytes", "1023"], "1023 is not from 1024 to 67108864"),
+        (["--max-request-bytes", "65mb"], "is not from 1024 to 67108864"),
     ],
 )
 def test_relations_when_one_does_not_hold_then_are_refused(argv, said):

@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import pytest
 
-from raft_core import NotLeaderError, RaftCore
+from raft_core import ImpossibleMessageError, NotLeaderError, RaftCore
 from raft_log import RaftLog
 from raft_types import (
     AppendReply,
@@ -388,16 +388,48 @@ def test_late_vote_does_not_count_once_the_candidacy_is_over() -> None:
     assert core.role is Role.FOLLOWER
 
 
-def test_second_leader_in_one_term_stops_the_server() -> None:
-    """Election safety is broken somewhere: to go on would be worse.
+def test_second_leader_in_one_term_is_not_believed() -> None:
+    """Election safety is broken elsewhere, or somebody lies; this server stays with the first.
 
     Source: paper figure 3; raft-traps T71.
     """
     core = server()
     core.step(append(1, sender="b"))
 
-    with pytest.raises(AssertionError, match="two leaders"):
-        core.step(append(1, sender="c"))
+    with pytest.raises(ImpossibleMessageError, match="two leaders"):
+        core.step(append(1, *log_of(1), sender="c"))
+
+    assert (core.leader_id, core.log.last_index) == ("b", 0)
+
+
+def test_leader_does_not_believe_another_of_its_own_term() -> None:
+    """It was elected by a majority, which votes once.
+
+    Source: paper figure 3; raft-traps T71.
+    """
+    core = lead()
+
+    with pytest.raises(ImpossibleMessageError, match="two leaders"):
+        core.step(append(core.term, sender="b"))
+
+    assert core.role is Role.LEADER
+
+
+def test_answer_to_what_was_not_sent_moves_nothing() -> None:
+    """Neither the commit index nor a read may rest on it (thesis 6.4).
+
+    Source: raft-traps T30, T71.
+    """
+    core = lead()
+    core.propose([b"x"])
+    core.read_index("r")
+
+    for match_index, round_ in ((core.log.last_index + 1, 0), (0, core.round + 1)):
+        with pytest.raises(ImpossibleMessageError, match="not sent"):
+            core.step(AppendReply("b", "a", core.term, True, match_index, round_))
+
+    assert core.commit_index < core.log.last_index
+    assert core.take_reads() == []
 
 
 # ---- Log replication (paper 5.3) ---------------------------------------------------------------
@@ -599,15 +631,17 @@ def test_follower_commits_no_further_than_the_message_verified(
 
 
 def test_committed_entry_is_never_replaced() -> None:
-    """A leader that tries is a broken one: stop.
+    """A leader that tries is a broken one: it is not believed.
 
     Source: paper figure 3 (leader completeness); raft-traps T71.
     """
     core = server()
     answer(core, append(1, *log_of(1), commit=1))
 
-    with pytest.raises(AssertionError, match="committed"):
+    with pytest.raises(ImpossibleMessageError, match="replace 1, a committed entry"):
         core.step(append(2, Entry(1, 2, EntryKind.NOOP, b"")))
+
+    assert terms(core) == [1]
 
 
 def test_match_index_never_goes_back() -> None:

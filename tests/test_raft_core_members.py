@@ -577,6 +577,20 @@ def test_leader_that_removes_itself_still_needs_the_others_answers_to_lead() -> 
     assert core.role is not Role.LEADER
 
 
+def test_read_that_waits_for_a_member_that_is_removed_goes_on() -> None:
+    """Who need not answer any more will not: the leader's own word is enough now.
+
+    Source: thesis 4.2.2, 6.4.
+    """
+    core = lead(server(voters="ab"))
+    core.read_index("r")
+    assert core.take_reads() == []
+
+    core.remove_member("b")
+
+    assert core.take_reads() == [(1, ["r"])]
+
+
 def test_server_outside_its_newest_membership_stands_until_that_is_committed() -> None:
     """Its log may be the only one that can win; it does not count its own vote.
 

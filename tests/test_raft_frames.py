@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from raft_frames import (
     FRAME_BYTES_MAX,
     HANDSHAKE_BYTES_MAX,
+    TERM_MAX,
     FrameDecoder,
     FrameError,
     Hello,
@@ -29,6 +30,7 @@ from raft_types import (
     Entry,
     EntryKind,
     HashReport,
+    Membership,
     Message,
     SnapshotChunk,
     SnapshotOutcome,
@@ -55,16 +57,36 @@ each_message = pytest.mark.parametrize("message", MESSAGES, ids=lambda m: type(m
 
 
 u64 = st.integers(0, 2**64 - 1)
-entries = st.lists(st.builds(Entry, u64, u64, st.sampled_from(EntryKind), st.binary()), max_size=5)
+term = st.integers(0, TERM_MAX)
 ids = st.just(A), st.just(B)
+
+
+@st.composite
+def appends(draw: st.DrawFn) -> AppendEntries:
+    """Entries that may follow one another, as a leader's log has them."""
+    *terms, last_term = sorted(draw(st.lists(term, min_size=2, max_size=7)))
+    prev_index = draw(st.integers(0, 2**64 - 10))
+    kinds = st.sampled_from([EntryKind.COMMAND, EntryKind.NOOP])
+    ends_in_membership = draw(st.booleans())
+    entries = [
+        Entry(prev_index + i, entry_term, draw(kinds), draw(st.binary()))
+        for i, entry_term in enumerate(terms[1:], 1)
+    ]
+    if entries and ends_in_membership:
+        entries[-1] = entries[-1]._replace(kind=EntryKind.MEMBERSHIP, data=Membership().encode())
+    return AppendEntries(
+        A, B, last_term, prev_index, terms[0], tuple(entries), draw(u64), draw(u64)
+    )
+
+
 messages = st.one_of(
-    st.builds(AppendEntries, *ids, u64, u64, u64, entries.map(tuple), u64, u64),
-    st.builds(AppendReply, *ids, u64, st.booleans(), *[u64] * 5),
-    st.builds(VoteRequest, *ids, u64, u64, u64, st.booleans()),
-    st.builds(VoteReply, *ids, u64, st.booleans(), st.booleans()),
-    st.builds(HashReport, *ids, u64, u64, u64, st.booleans()),
-    st.builds(SnapshotChunk, *ids, u64, u64, u64, st.binary(), st.booleans()),
-    st.builds(SnapshotReply, *ids, u64, u64, u64, st.sampled_from(SnapshotOutcome)),
+    appends(),
+    st.builds(AppendReply, *ids, term, st.booleans(), *[u64] * 5),
+    st.builds(VoteRequest, *ids, term, u64, u64, st.booleans()),
+    st.builds(VoteReply, *ids, term, st.booleans(), st.booleans()),
+    st.builds(HashReport, *ids, term, u64, u64, st.booleans()),
+    st.builds(SnapshotChunk, *ids, term, u64, u64, st.binary(), st.booleans()),
+    st.builds(SnapshotReply, *ids, term, u64, u64, st.sampled_from(SnapshotOutcome)),
 )
 
 
@@ -112,6 +134,35 @@ def test_decoder_fed_in_pieces_of_any_size_gives_the_same_messages(
         start = end
 
     assert got == sent
+
+
+@pytest.mark.parametrize(
+    ("prev", "entries", "said"),
+    [
+        ((7, 2), [Entry(9, 3, EntryKind.COMMAND, b"")], "entry 9 of term 3 stands in place of 8"),
+        ((7, 2), [Entry(8, 1, EntryKind.COMMAND, b"")], "entry 8 of term 1"),
+        ((7, 2), [Entry(8, 2, EntryKind.NOOP, b""), Entry(8, 2, EntryKind.NOOP, b"")], "of 9"),
+        ((7, 2), [Entry(8, 4, EntryKind.COMMAND, b"")], "term 4 from a leader of term 3"),
+        ((7, 4), [], "term 4 from a leader of term 3"),
+        ((7, 2), [Entry(8, 3, EntryKind.MEMBERSHIP, b"[{}]")], "not a membership"),
+    ],
+)
+def test_decoder_fed_entries_that_no_log_can_have_refuses_them(
+    prev: tuple[int, int], entries: list[Entry], said: str
+) -> None:
+    """What core and disk assert of a log is made sure of here, whoever sends (promise G8)."""
+    lie = AppendEntries(A, B, 3, *prev, tuple(entries), 0, 0)
+
+    with pytest.raises(FrameError, match=said):
+        decode(encode_message(CLUSTER, lie))
+
+
+def test_decoder_fed_a_term_near_the_highest_number_refuses_it() -> None:
+    """No server could ever stand in the next one."""
+    assert decode(encode_message(CLUSTER, VoteRequest(A, B, TERM_MAX, 0, 0, False)))
+
+    with pytest.raises(FrameError, match="a frame of term"):
+        decode(encode_message(CLUSTER, VoteRequest(A, B, TERM_MAX + 1, 0, 0, False)))
 
 
 def test_decoder_fed_byte_by_byte_gives_each_message_with_its_last_byte() -> None:

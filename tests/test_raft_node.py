@@ -19,6 +19,7 @@ import raft_node
 import raft_snapshots
 from kv_errors import (
     BadRequestError,
+    BusyError,
     KVError,
     NoPrimaryError,
     NoSpaceError,
@@ -27,9 +28,10 @@ from kv_errors import (
 )
 from kv_members import change_members
 from raft_core import TooMuchUncommittedError, TransferUnderWayError
+from raft_frames import FrameError
 from raft_log import RaftLog
-from raft_status import NodeConfig, NodeRole
-from raft_types import Entry, HardState, Member
+from raft_status import NodeConfig, NodeRole, Pending
+from raft_types import AppendReply, Entry, HardState, Member
 from tests.trio import PATIENCE_S, QUICK, Server, Trio, command, eventually
 
 pytestmark = pytest.mark.slow
@@ -362,6 +364,28 @@ def test_restart_when_all_nodes_stopped_then_the_log_rebuilds_the_same_state(
     assert leader.get("k19") == b"19"
 
 
+def test_client_thread_that_meets_a_bug_of_the_node_takes_the_process_with_it(
+    tmp_path: Path,
+) -> None:
+    """An assertion is no less true for being looked at on a client's thread (raft-traps T71)."""
+    trio = Trio(tmp_path, QUICK, count=1).start()
+    server = trio.leader()
+
+    def fail(*args: object) -> int:
+        raise AssertionError("a bug")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(server.node._core, "propose", fail)
+        with pytest.raises(AssertionError):
+            server.set("k", "v")
+    assert [str(error) for error in server.fatal] == ["a bug"]
+
+    with pytest.raises(AssertionError):
+        server.node._settle([fail])  # what a push does, say
+    assert [str(error) for error in server.fatal] == ["a bug", "a bug"]
+    trio.stop()
+
+
 @pytest.mark.parametrize("during", ["apply", "append", "upkeep"])
 def test_thread_that_dies_then_takes_the_process_with_it(tmp_path: Path, during: str) -> None:
     """Rule 3: better no node than one that lacks a thread (raft-traps T24), or a disk (T17)."""
@@ -405,6 +429,70 @@ def test_stop_when_a_write_waits_then_its_outcome_is_unknown(
     leader.stop()
 
     assert isinstance(write.exception(timeout=PATIENCE_S), OutcomeUnknownError)
+
+
+def test_stop_when_a_read_waits_then_it_ends_once(make_trio: Callable[..., Trio]) -> None:
+    """The core still holds it, and may yet have it confirmed.
+
+    (Then it was answered twice, and the stop ended as a crash.)
+    """
+    trio = make_trio()
+    leader = trio.leader()
+    core = leader.node._core
+    for other in trio.others(leader):
+        trio.isolate(other)
+    ended: list[Pending] = []
+    leader.node.read_later(ended.append)
+    leader.node.read_later(ended.append)
+    answers = [
+        AppendReply(other.member.member_id, core.member_id, core.term, True, 0, core.round)
+        for other in trio.others(leader)
+    ]
+
+    leader.stop()
+    leader.node.on_messages(answers)
+
+    assert [type(pending.error) for pending in ended] == [NoPrimaryError, NoPrimaryError]
+
+
+def test_peer_that_says_what_can_not_be_is_not_listened_to(make_trio: Callable[..., Trio]) -> None:
+    """Its connection ends, not this process (promise G8); what it said before counts."""
+    trio = make_trio()
+    leader = trio.leader()
+    liar = trio.others(leader)[0].member.member_id
+    term = leader.status.term
+    lie = AppendReply(liar, leader.member.member_id, term, True, 1 << 40, 0)
+
+    with pytest.raises(FrameError, match="not sent"):
+        leader.node.on_messages([lie])
+
+    leader.set("k", "v")
+    assert not leader.fatal
+
+
+def test_append_that_takes_the_disk_is_left_to_the_links_thread(
+    make_trio: Callable[..., Trio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever pushes must not wait for a disk: raft-timer least of all (raft-traps T24)."""
+    trio = make_trio()
+    leader = trio.leader()
+    behind = trio.others(leader)[0]
+    behind.stop()
+    monkeypatch.setattr(leader.node._core.log, "_window_bytes_max", 0)
+    for number in range(10):
+        index = leader.set(f"k{number}", "v" * 400_000)  # more than goes into one append
+    readers: set[str] = set()
+    read = leader.disk.read
+
+    def noted(*args: int) -> list[Entry]:
+        readers.add(threading.current_thread().name)
+        return read(*args)
+
+    monkeypatch.setattr(leader.disk, "read", noted)
+    behind.start()
+
+    trio.await_applied(index)
+    assert readers == {f"raft-peer-{behind.member.node_id}"}
 
 
 def test_stop_then_no_thread_of_the_node_is_left(tmp_path: Path) -> None:
@@ -646,6 +734,66 @@ def test_add_member_when_name_or_address_is_anothers_then_it_is_refused(shared_t
     with pytest.raises(NotPrimaryError):
         change_members(shared_trio.others(leader)[0].node, joining(shared_trio.place("late")))
     assert len(leader.status.members) == 3
+
+
+@pytest.mark.parametrize(
+    ("place", "word"),
+    [
+        (2, b"../n9"),
+        (3, b"0123"),
+        (4, b"127.0.0..4"),
+        (4, b"a" * 64),
+        (4, b"fe80::1::2"),
+        (5, b"80000"),
+        (6, b"0"),
+        (6, b"x"),
+    ],
+)
+def test_add_member_when_nobody_could_dial_it_then_it_is_refused(
+    shared_trio: Trio, place: int, word: bytes
+) -> None:
+    """What is in the log every node dials, for ever: so it is looked at before (promise G8)."""
+    leader = shared_trio.leader()
+    argv = joining(shared_trio.place("n9"))
+    argv[place] = word
+
+    with pytest.raises(BadRequestError):
+        change_members(leader.node, argv)
+
+    assert len(leader.status.members) == 3
+
+
+def test_add_member_when_its_change_is_not_committed_then_it_is_not_said_to_be_in(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """It may yet be taken back, and the newcomer would wait for a cluster that knows nothing."""
+    trio = make_trio()
+    leader = trio.leader()
+    newcomer = joining(trio.place("n9"))
+    for other in trio.others(leader):
+        trio.isolate(other)
+    first = in_thread(lambda: change_members(leader.node, newcomer))
+    eventually(lambda: len(leader.status.members) == 4, "it is proposed")
+
+    with pytest.raises(BusyError, match="under way"):
+        change_members(leader.node, newcomer)
+
+    assert isinstance(first.exception(timeout=PATIENCE_S), OutcomeUnknownError)
+
+
+def test_change_of_members_when_they_are_others_meanwhile_then_it_is_not_made(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """Two operators at once: what the second had in mind was checked against other members."""
+    trio = make_trio(count=1)
+    leader = trio.leader()
+    before = leader.node.settled_membership()
+    change_members(leader.node, joining(trio.place("n9")))
+
+    with pytest.raises(BusyError, match="have changed"):
+        leader.node.change_members(before, lambda core: core.add_learner(trio.place("n8")))
+
+    assert len(leader.status.members) == 2
 
 
 def test_member_when_it_comes_back_at_another_address_then_all_follow_it_there(

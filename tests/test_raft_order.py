@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from kv_store import Flush, KeyValueStore, Slice
-from raft_snapshots import StateKeeper
+from raft_snapshots import StateKeeper, fit_log
 from raft_transport import PeerLink
 from raft_types import (
     AppendReply,
+    HardState,
     MemberId,
     Membership,
     Message,
@@ -108,6 +109,24 @@ def test_install_when_the_node_has_got_further_by_itself_then_nothing_is_changed
     assert server.get("k") == b"v"
 
 
+def test_log_when_the_state_is_of_a_later_term_then_it_begins_anew_in_that_term(
+    tmp_path: Path,
+) -> None:
+    """What others hold on a majority may be applied, and saved, before the own log has it.
+
+    A crash then leaves a state of a term that the log has not heard of.
+    """
+    with open_log(tmp_path) as log:
+        log.append(HardState(2, "b" * 16), [entry(index, 2) for index in range(1, 4)])
+
+        assert fit_log(log, Snapshot(6, 3, Membership(), 0))
+
+    with open_log(tmp_path) as log:
+        assert (log.first_index, log.last_index, log.term_at(6)) == (7, 6, 3)
+        assert log.hard_state == HardState(3, None)
+        assert not fit_log(log, Snapshot(6, 3, Membership(), 0))
+
+
 class FakeHost:
     """The node, as its state keeper sees it: a store, and what was asked of it."""
 
@@ -116,6 +135,7 @@ class FakeHost:
         self.is_suspect = False
         self.did: list[str] = []
         self.answers: list[tuple[int, SnapshotOutcome]] = []
+        self.answered: list[int] = []  # which transfers
         self.installed: KeyValueStore | None = None
         self._disk = disk
 
@@ -142,6 +162,7 @@ class FakeHost:
         self, chunk: SnapshotChunk, received_bytes: int, outcome: SnapshotOutcome
     ) -> None:
         self.answers.append((received_bytes, outcome))
+        self.answered.append(chunk.snapshot_id)
 
     def install(
         self, snapshot: Snapshot, received: KeyValueStore, make_durable: Callable[[], None]
@@ -190,6 +211,42 @@ def test_save_when_the_state_can_not_be_saved_then_the_log_stays_whole(
         assert db.load()[0].applied_index == 30
 
 
+def stream_of(store: KeyValueStore, db: StateDb) -> bytes:
+    """What a leader with this state would send."""
+    begun = store.begin_flush()
+    header = StateHeader.of(begun, 1, Membership().encode(), 0)
+    db.save(header, begun.slices(nullcontext()))
+    return snapshot(db)
+
+
+def test_chunk_of_another_transfer_while_one_is_installed_gets_no_answer_yet(
+    tmp_path: Path, log: ReplicationLog
+) -> None:
+    """ "Installed" is said of what was installed: to install takes seconds, and leaders change.
+
+    Told that the follower has *its* state, a new leader would count on entries that are not there.
+    """
+    sent = KeyValueStore()
+    write(sent, b"SET", b"key", b"value")
+    with open_db(tmp_path) as db:
+        data = stream_of(sent, db)
+        host = FakeHost(log)
+        keeper = keeper_of(host, log, db)
+
+        keeper.on_chunk(SnapshotChunk("b" * 16, "a" * 16, 1, 7, 0, data, True))
+        keeper.on_chunk(SnapshotChunk("b" * 16, "a" * 16, 1, 7, 0, data, True))
+        keeper.on_chunk(SnapshotChunk("c" * 16, "a" * 16, 2, 8, 0, data[:100], False))
+        assert host.answers == []
+        keeper._install_received()
+        keeper.on_chunk(SnapshotChunk("c" * 16, "a" * 16, 2, 8, 0, data[:100], False))
+
+    assert host.answered == [7, 8]
+    assert [outcome for _, outcome in host.answers] == [
+        SnapshotOutcome.INSTALLED,
+        SnapshotOutcome.MORE,
+    ]
+
+
 def test_chunk_when_it_is_repeated_or_too_early_then_it_is_not_written(
     tmp_path: Path, log: ReplicationLog
 ) -> None:
@@ -197,10 +254,7 @@ def test_chunk_when_it_is_repeated_or_too_early_then_it_is_not_written(
     sent = KeyValueStore()
     write(sent, b"SET", b"key", b"value")
     with open_db(tmp_path) as db:
-        begun = sent.begin_flush()
-        header = StateHeader.of(begun, 1, Membership().encode(), 0)
-        db.save(header, begun.slices(nullcontext()))
-        data = snapshot(db)
+        data = stream_of(sent, db)
         host = FakeHost(log)
         keeper = keeper_of(host, log, db)
         third = len(data) // 3

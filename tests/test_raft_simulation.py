@@ -39,7 +39,7 @@ from tests.sim_cluster import SimServer, Simulation
 from tests.sim_invariants import ViolationError
 from tests.simulator import run
 
-SEEDS = range(150)
+SEEDS = range(200)
 MUTANT_SEEDS = range(200)  # until the first that shows it; 40 are enough today
 
 # What a history must be able to do to a cluster; a sum of 0 would mean that nothing tests it.
@@ -394,18 +394,29 @@ def state_acknowledged_before_it_is_in_place(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Simulation, "_on_chunk", acknowledge)
 
 
+def state_acknowledged_for_another(patch: pytest.MonkeyPatch) -> None:
+    """What is installed was another leader's, which has got less far, or further (T42, T44)."""
+    on_chunk = Simulation._on_chunk
+
+    def take_any(simulation: Simulation, server: SimServer, chunk: SnapshotChunk) -> None:
+        if server.installing and chunk.term == server.core.term:
+            server.last_chunk = chunk
+        else:
+            on_chunk(simulation, server, chunk)
+
+    patch.setattr(Simulation, "_on_chunk", take_any)
+
+
 def log_emptied_before_the_state_is_in_place(patch: pytest.MonkeyPatch) -> None:
     """T37: a crash in between leaves neither."""
     install = Simulation._install
 
-    def empty_first(
-        simulation: Simulation, server: SimServer, chunk: SnapshotChunk, state: SimState
-    ) -> None:
+    def empty_first(simulation: Simulation, server: SimServer, state: SimState) -> None:
         if server.up:
             server.core.restore(state.snapshot)
             simulation.invariants.on_restore(server, state)
             simulation.after(server)
-        simulation.at(3, install, simulation, server, chunk, state)
+        simulation.at(3, install, simulation, server, state)
 
     patch.setattr(Simulation, "_install", empty_first)
 
@@ -565,6 +576,7 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     base_term_forgotten,
     membership_forgotten_with_its_entry,
     state_acknowledged_before_it_is_in_place,
+    state_acknowledged_for_another,
     log_emptied_before_the_state_is_in_place,
     log_dropped_before_the_state_is_saved,
     removed_leader_counts_itself,
@@ -588,6 +600,9 @@ def test_simulation_catches_the_mutant(
     """A harness that can't fail proves nothing: each mistake is seen within these seeds."""
     mutant(monkeypatch)
 
-    with pytest.raises(ViolationError, match=r"replay: .* --seed"):
+    with pytest.raises(ViolationError, match=r"replay: .* --seed") as caught:
         for seed in MUTANT_SEEDS:
             run(seed)
+
+    # Else it is the mutant that is broken, not the cluster.
+    assert not isinstance(caught.value.__cause__, TypeError | AttributeError | NameError)

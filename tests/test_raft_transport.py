@@ -27,6 +27,7 @@ from raft_frames import (
     encode_message,
 )
 from raft_transport import (
+    LATER,
     QUEUE_MESSAGES_MAX,
     UNIDENTIFIED_MAX,
     PeerLink,
@@ -154,7 +155,7 @@ class Peers:
         defaults: dict[str, object] = {
             "address": ("127.0.0.1", 1),
             "lease_reads": False,
-            "source": lambda member_id: None,
+            "source": lambda member_id, may_wait: None,
             "on_up": heard.on_up,
             "on_peer_dead": heard.on_peer_dead,
             "on_fatal": heard.on_fatal,
@@ -232,7 +233,7 @@ class HeldUp:
     def __init__(self) -> None:
         self.asked, self.go_on = threading.Event(), threading.Event()
 
-    def __call__(self, member_id: str) -> None:
+    def __call__(self, member_id: str, may_wait: bool) -> None:
         self.asked.set()
         self.go_on.wait(DEADLINE_S)
 
@@ -304,7 +305,7 @@ def test_push_sends_all_that_the_source_has_from_the_calling_thread(
     waiting: list[bytes] = []
     askers: list[str] = []
 
-    def source(member_id: str) -> bytes | None:
+    def source(member_id: str, may_wait: bool) -> bytes | None:
         assert member_id == B
         askers.append(threading.current_thread().name)
         return waiting.pop(0) if waiting else None
@@ -319,12 +320,53 @@ def test_push_sends_all_that_the_source_has_from_the_calling_thread(
     assert threading.current_thread().name in askers
 
 
+def test_push_when_the_next_frame_takes_waiting_leaves_it_to_the_links_own_thread(
+    peers: Peers, heard: Recorder
+) -> None:
+    """Who pushes may be raft-timer, which no disk must hold up (raft-traps T24)."""
+    waiting: list[bytes] = []
+    sent_by: list[str] = []
+
+    def source(member_id: str, may_wait: bool) -> bytes | None:
+        if waiting and not may_wait:
+            return LATER
+        if waiting:
+            sent_by.append(threading.current_thread().name)
+        return waiting.pop(0) if waiting else None
+
+    link = peers.link(peers.listener(heard).address[1], heard, source=source)
+    heard.wait_for_event("up", B)
+    waiting += [encode_message(CLUSTER, vote(n)) for n in range(3)]
+    link.push()
+
+    heard.wait_for_messages(*(vote(n) for n in range(3)))
+    assert set(sent_by) == {"raft-peer-node-b"}
+
+
+def test_link_to_a_host_that_can_be_none_goes_on_trying(peers: Peers, heard: Recorder) -> None:
+    """Such a name may have got into the log: it must not end all who read it.
+
+    (``MEMBER ADD`` of ``127.0.0..4`` did, and again at each start.)
+    """
+    tried: list[tuple[str, int]] = []
+
+    def connect(address: tuple[str, int], timeout_s: float) -> socket.socket:
+        tried.append(address)
+        return socket.create_connection(("127.0.0..4", address[1]), timeout_s)
+
+    link = peers.link(peers.listener(Recorder()).address[1], heard, connect=connect)
+
+    assert wait_until(lambda: len(tried) > 1)
+    assert link.last_error
+    assert not any(event[0] == "fatal" for event in heard.events)
+
+
 def test_push_while_another_thread_sends_is_not_overlooked(peers: Peers, heard: Recorder) -> None:
     """Whenever it comes: before, in or after the last look at the source."""
     waiting: list[bytes] = []
     count_each = 200
 
-    def source(member_id: str) -> bytes | None:
+    def source(member_id: str, may_wait: bool) -> bytes | None:
         try:
             return waiting.pop()
         except IndexError:
@@ -417,9 +459,9 @@ def test_post_while_a_push_takes_its_last_look_is_sent_by_it(peers: Peers, heard
     """The push has passed the queue already and found the source empty: it looks once more."""
     held_up = HeldUp()
 
-    def source(member_id: str) -> None:
+    def source(member_id: str, may_wait: bool) -> None:
         if threading.current_thread() is pusher:
-            held_up(member_id)
+            held_up(member_id, may_wait)
 
     def push_until_asked() -> None:
         while not held_up.asked.is_set():
@@ -485,7 +527,9 @@ def test_peer_that_stops_reading_is_cut_and_holds_nobody_up(peers: Peers, heard:
     """Its link waits no longer than the send time-out; other links and callers do not wait."""
     fake = peers.fake()
     frame = encode_message(CLUSTER, AppendEntries(A, B, 1, 0, 0, (), 0, 0)) * 10_000
-    stuck = peers.link(fake.port, Recorder(), source=lambda member_id: frame, send_timeout_s=0.4)
+    stuck = peers.link(
+        fake.port, Recorder(), source=lambda member_id, may_wait: frame, send_timeout_s=0.4
+    )
     fake.welcome()
     other = peers.link(peers.listener(heard).address[1], heard)
     heard.wait_for_event("up", B)
@@ -686,7 +730,7 @@ def test_link_that_was_connected_to_itself_takes_it_for_a_refusal(
 def test_error_in_the_source_of_a_link_is_fatal(peers: Peers, heard: Recorder) -> None:
     """A log that cannot be read is no broken connection: the thread must not go on (T24)."""
 
-    def source(member_id: str) -> bytes | None:
+    def source(member_id: str, may_wait: bool) -> bytes | None:
         raise OSError("the log cannot be read")
 
     peers.link(peers.listener(Recorder()).address[1], heard, source=source)

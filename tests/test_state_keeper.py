@@ -46,6 +46,8 @@ class FakeHost:
 
     def __init__(self) -> None:
         self.posted: list[Message] = []
+        self.ended: list[tuple[MemberId, int | None]] = []
+        self.while_installing: Callable[[], None] = lambda: None
         self.answers: list[SnapshotOutcome] = []
 
     def begin_flush(self) -> tuple[StateHeader, Iterator[Slice]]:
@@ -58,7 +60,7 @@ class FakeHost:
         pass
 
     def snapshot_ended(self, member_id: MemberId, index: int | None) -> None:
-        pass
+        self.ended.append((member_id, index))
 
     def post(self, message: Message) -> None:
         self.posted.append(message)
@@ -71,6 +73,7 @@ class FakeHost:
     def install(
         self, snapshot: Snapshot, received: KeyValueStore, make_durable: Callable[[], None]
     ) -> bool:
+        self.while_installing()
         return True
 
 
@@ -112,6 +115,59 @@ def test_sending_when_the_disk_has_no_room_for_the_copy_then_it_is_tried_again(
     kept.keeper.lead(0)
     kept.keeper.stop()
     thread.join()
+
+
+def test_sending_when_the_follower_is_silent_for_long_then_it_is_given_up(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who died, and was removed meanwhile, would keep a copy of the state and the log for ever."""
+    kept.keeper.lead(1)
+    kept.keeper._begin_sending("follower")
+    assert kept.keeper.progress()
+
+    kept.keeper._resend_late()
+    assert kept.host.ended == []
+    monkeypatch.setattr(raft_snapshots, "SILENCE_S", -1.0)
+    kept.keeper._resend_late()
+
+    assert kept.host.ended == [("follower", None)]
+    assert not kept.keeper.progress()
+
+
+def test_reader_when_closed_then_reads_no_more(kept: Kept, tmp_path: Path) -> None:
+    """The descriptor's number may be another file's by then: its bytes are not to be sent."""
+    reader = kept.state.open_snapshot()
+    reader.close()
+    with (tmp_path / "another").open("wb"), pytest.raises(OSError, match="Bad file descriptor"):
+        reader.read(0, 100)
+
+    reader.close()
+
+
+def test_backup_while_a_state_is_installed_waits_for_it(kept: Kept) -> None:
+    """To save in between would write rows of one state under the index of another."""
+    donor = kept.state.open_snapshot()
+    data = donor.read(0, donor.size_bytes)
+    donor.close()
+    backed_up: list[bool] = []
+
+    def back_up() -> None:
+        kept.keeper.open_backup().close()
+        backed_up.append(True)
+
+    thread = threading.Thread(target=back_up)
+
+    def while_installing() -> None:
+        thread.start()
+        thread.join(timeout=0.2)
+        assert not backed_up
+
+    kept.host.while_installing = while_installing
+    kept.keeper.on_chunk(SnapshotChunk("leader", "me", 1, 5, 0, data, True))
+    kept.keeper._install_received()
+    thread.join()
+
+    assert backed_up
 
 
 def test_backup_when_the_disk_has_no_room_for_the_copy_then_it_is_refused(
