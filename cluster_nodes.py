@@ -225,6 +225,7 @@ class NodeStatus:
     follows: bool = False  # it is a voter, and of the primary's term
     learner: bool = False  # it is to stay one
     removed: bool = False  # it was a member, and is none any more
+    tolerates: int | None = None  # how many more voters may fail, as this node knows
     installing: float | None = None  # the share of a snapshot that it has received
     member_id: str | None = None
     cluster_id: str | None = None
@@ -254,6 +255,7 @@ class NodeStatus:
             member_id=str(status.get("member_id")),
             # Empty until the node has founded or joined a cluster.
             cluster_id=str(status.get("cluster_id") or "") or None,
+            tolerates=int(number("failures_tolerated")),
             problem=None,
             trouble=str(status.get("trouble") or "") or None,
         )
@@ -328,10 +330,13 @@ def summarize(
             following += follows
         rows.append(node)
     majority = voters // 2 + 1
+    tolerated = following - majority
+    if primary and primary.tolerates is not None:
+        tolerated = min(tolerated, primary.tolerates)  # it knows who has lost what it had
     return ClusterStatus(
         healthy=following >= majority,
         primary=primary.node_id if primary else None,
-        failures_tolerated=max(0, following - majority),
+        failures_tolerated=max(0, tolerated),
         cluster_id=primary.cluster_id if primary else None,
         nodes=tuple(rows),
         members=tuple(members),

@@ -57,7 +57,10 @@ BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 REPLIES_BYTES_MAX: Final = 1024 * 1024
 # Allowed where memory or the disk is short; a session because a client may need one to delete under.
 SHRINKING: Final = frozenset(
-    {"DEL", "DELETE", "UNLINK", "DELEX", "GETDEL", "FLUSHALL", "EXPIRE", "SESSION"}
+    {
+        *("DEL", "DELETE", "UNLINK", "DELEX", "GETDEL", "FLUSHALL", "SESSION"),
+        *("EXPIRE", "PEXPIRE", "EXPIREAT", "PEXPIREAT", "PERSIST"),
+    }
 )
 
 Argv = Sequence[bytes]
@@ -184,6 +187,7 @@ class Session:
         self.parser = RequestParser(service.settings.request_bytes_max)
         self._deliver = deliver
         self._items: list[Item] = []  # received, and not yet answered
+        self._held_until_s: float | None = None  # while there is no primary
         # Held from handing a run to a batch until its replies are sent (or it came back).
         self._under_way = threading.Lock()
         # A run of reads that came back, because this node ceased to lead: it was not answered.
@@ -224,6 +228,7 @@ class Session:
         Each piece is made when the one before it has been sent.
         """
         self.wait()
+        self._held_until_s = None
         if self._came_back:
             run, self._came_back = self._came_back, []
             yield from self._read_all(run)
@@ -295,8 +300,8 @@ class Session:
         limit = self.service.settings.memory_bytes_max
         if limit and self.store.memory_bytes > limit:
             return OutOfMemoryError("command not allowed when used memory > --max-memory")
-        if self.node.disk_is_full and self.node.is_primary:
-            return NoSpaceError("the primary's disk is almost full: free some space, or delete")
+        if trouble := self.node.room_trouble():
+            return NoSpaceError(trouble)
         return None
 
     def _gather(self, items: Sequence[Item], start: int, flag: str) -> tuple[list[Argv], int]:
@@ -323,13 +328,17 @@ class Session:
         return argv
 
     def _held(self, attempt: Callable[[], None]) -> KVError | None:
-        """Run ``attempt``; while there is no primary, hold the request for up to HOLD_S."""
-        deadline_s = time.monotonic() + HOLD_S
+        """Run ``attempt``; while there is no primary, hold the request for up to HOLD_S.
+
+        That is for all that was received together: a pipeline of a thousand runs is held once.
+        """
         while True:
             try:
                 attempt()
             except NoPrimaryError as error:
-                left_s = deadline_s - time.monotonic()
+                if self._held_until_s is None:
+                    self._held_until_s = time.monotonic() + HOLD_S
+                left_s = self._held_until_s - time.monotonic()
                 if left_s <= 0 or self.node.wait_for_primary(left_s) is None:
                     return error
                 time.sleep(min(0.01, max(0.0, left_s)))
@@ -378,7 +387,11 @@ class Session:
 
     def _read(self, run: Sequence[Argv]) -> list[bytes]:
         """The replies to the first of ``run``: at least one, and as many as should be held."""
-        if not (self.reads_stale and not self.node.is_primary):
+        stale = self.reads_stale and not self.node.is_primary
+        if stale:
+            if self.node.suspicion:
+                return self._encode_all(run, [NoPrimaryError(self.node.suspicion)] * len(run))
+        else:
             error = self._held(self.node.read_barrier)
             if error is not None:
                 return self._encode_all(run, [error] * len(run))
@@ -386,19 +399,22 @@ class Session:
         while not replies:
             now_ms = self.service.now_ms()
             try:
-                self._read_store(run, replies, now_ms)
+                self._read_store(run, replies, now_ms, stale=stale)
             except ExpiredKeysError as expired:
                 error = self._purge(expired.pairs, now_ms)
                 if error is not None and not replies:
                     replies.append(error)
         return self._encode_all(run[: len(replies)], replies)
 
-    def _read_store(self, run: Sequence[Argv], replies: list[Reply], now_ms: int) -> None:
+    def _read_store(
+        self, run: Sequence[Argv], replies: list[Reply], now_ms: int, *, stale: bool = False
+    ) -> None:
         """Add the replies to the first of ``run``, until they are REPLIES_BYTES_MAX."""
         size_bytes = 0
+        read = self.store.read_stale if stale else self.store.read
         with self.node.store_lock:
             for argv in run:
-                reply = self.store.read(argv, now_ms)
+                reply = read(argv, now_ms)
                 replies.append(reply)  # kept if a later one raises
                 size_bytes += _size_bytes(reply)
                 if size_bytes > REPLIES_BYTES_MAX:

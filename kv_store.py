@@ -283,6 +283,7 @@ class KeyValueStore:
         # (deadline, key), the earliest first. Holds every pair of _deadlines, and stale ones, which
         # are told by not being in _deadlines and are at most as many again plus _HEAP_SLACK.
         self._heap: list[tuple[int, bytes]] = []
+        self._hides_due = False  # within ``read_stale``
         # state_hash after the entry ``index``, in slot index % HISTORY_ENTRIES.
         self._history = [0] * HISTORY_ENTRIES
         self._history_first = 0  # what was before is not known
@@ -468,6 +469,17 @@ class KeyValueStore:
         Raises ExpiredKeysError.
         """
         return self._reads[argv[0].upper()](argv, max(now_ms, self.last_stamp_ms))
+
+    def read_stale(self, argv: _Argv, now_ms: int) -> Reply:
+        """``read`` where nothing can be purged: what is due is not shown, and may come back.
+
+        For who asks a secondary and takes what it gets: promise G5 is the primary's.
+        """
+        self._hides_due = True
+        try:
+            return self.read(argv, now_ms)
+        finally:
+            self._hides_due = False
 
     def due(self, now_ms: int, limit: int) -> list[tuple[bytes, int]]:
         """At most ``limit`` keys whose deadline has passed, with it, the earliest first."""
@@ -713,12 +725,14 @@ class KeyValueStore:
     def _seen(self, key: bytes, now_ms: int) -> bytes | None:
         deadline_ms = self._deadlines.get(key)
         if deadline_ms is not None and deadline_ms <= now_ms:
+            if self._hides_due:
+                return None
             raise ExpiredKeysError([(key, deadline_ms)])
         return self._values.get(key)
 
     def _require_none_due(self, keys: Iterable[bytes], now_ms: int) -> None:
         deadlines = self._deadlines
-        if not deadlines:
+        if not deadlines or self._hides_due:
             return
         due = (
             (key, deadline_ms)
@@ -741,11 +755,11 @@ class KeyValueStore:
 
     def _mget(self, argv: _Argv, now_ms: int) -> Reply:
         self._require_none_due(argv[1:], now_ms)
-        return [*map(self._values.get, argv[1:])]
+        return [self._seen(key, now_ms) for key in argv[1:]]
 
     def _exists(self, argv: _Argv, now_ms: int) -> Reply:
         self._require_none_due(argv[1:], now_ms)
-        return sum(key in self._values for key in argv[1:])
+        return sum(self._seen(key, now_ms) is not None for key in argv[1:])
 
     def _type(self, argv: _Argv, now_ms: int) -> Reply:
         return SimpleString("none" if self._seen(argv[1], now_ms) is None else "string")
@@ -768,7 +782,7 @@ class KeyValueStore:
         matches = compile_glob(argv[1]).fullmatch
         found = [key for key in self._values if matches(key)]
         self._require_none_due(found, now_ms)
-        return found
+        return [key for key in found if self._seen(key, now_ms) is not None]
 
     def _dbsize(self, argv: _Argv, now_ms: int) -> Reply:
         return len(self._values)

@@ -66,7 +66,7 @@ from raft_transport import (
 from raft_types import Identity, Member, new_id
 from raft_types import Member as NodeInfo
 from replication_log import ReplicationLog
-from replication_log_format import DataDirError
+from replication_log_format import DISK_FAULTS, DataDirError
 from state_db import StateDb, StateDbError
 
 __all__ = ["KeyValueStore", "NodeInfo", "NodeRole", "ReplicationLog", "TCPServer", "main"]
@@ -86,17 +86,14 @@ JOIN_INTERVAL_S = 0.5
 WATCH_INTERVAL_S = 0.5
 JOIN_TIMEOUT_S = 5.0
 PURGE_KEYS_MAX = 500
-# Of these the disk is to blame, and a person can mend it.
-DISK_FAULTS = {
-    errno.ENOSPC: "the disk is full",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EROFS: "the file system is read-only",
-}
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StartError(Exception):
     """The node can't start, and trying again would not help; the text says what to do."""
+
+
+CANT_START = (StartError, DataDirError, StateDbError, PeerPortError)
 
 
 # ---- Clients -----------------------------------------------------------------------------------
@@ -446,7 +443,7 @@ def enter_cluster(disk: ReplicationLog, state: StateDb, me: Member, settings: Se
         log.info("restored path=%s keys=%d", settings.restore_from, header.keys)
         found_cluster(disk, me._replace(voter=True))
         cluster_id = new_id()
-    elif disk.first_index > 1:
+    elif disk.first_index > 1 or state.saved_index() > 0:
         raise StartError("restoring a backup was interrupted here: give --restore-from once more")
     elif disk.last_index == 0:
         cluster_id = join_cluster(me, settings)
@@ -545,26 +542,23 @@ class Server:
     """Everything of one node, wired together."""
 
     def __init__(self, settings: Settings) -> None:
-        """Open the disk and the ports. Raises StartError."""
+        """Open the disk and the ports. Raises one of CANT_START, or OSError."""
         self.settings = settings
         self._boot_id = new_id()
         self._exit_status = 0
-        try:
-            if settings.in_memory:
-                forget(settings.data_dir)
-            self._disk = self._open_disk()
-            self._state = StateDb(settings.data_dir, fsync=settings.fsync == "always")
-            identity = open_identity(self._disk, settings.node_id)
-            self._clients = TCPServer(settings.host, settings.port)
-            self._listener = PeerListener(
-                settings.host,
-                settings.peer_port,
-                boot_id=self._boot_id,
-                lease_reads=settings.read_mode == "lease",
-                on_fatal=self._die,
-            )
-        except (DataDirError, StateDbError, PeerPortError) as error:
-            raise StartError(str(error)) from error
+        if settings.in_memory:
+            forget(settings.data_dir)
+        self._disk = self._open_disk()
+        self._state = StateDb(settings.data_dir, fsync=settings.fsync == "always")
+        identity = open_identity(self._disk, settings.node_id)
+        self._clients = TCPServer(settings.host, settings.port)
+        self._listener = PeerListener(
+            settings.host,
+            settings.peer_port,
+            boot_id=self._boot_id,
+            lease_reads=settings.read_mode == "lease",
+            on_fatal=self._die,
+        )
         if not identity.cluster_id:
             me = Member(
                 member_id=identity.member_id,
@@ -816,13 +810,14 @@ def main(argv: Sequence[str] | None = None, environ: dict[str, str] | None = Non
     _warn_of_choices(settings)
     settings = _fit_clients(settings)
     threading.current_thread().name = "main"
+    os.umask(0o077)  # whoever may read the data is a matter of who may read this user's files
     threading.stack_size(1024 * 1024)
     # Blocked in every thread, for main to take by itself: a handler would run only when main wakes,
     # and a signal that the kernel gives to another thread does not wake it.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         server = Server(settings)
-    except StartError as error:
+    except CANT_START as error:
         log.error("%s", error)
         return EXIT_CONFIG
     except OSError as error:

@@ -20,8 +20,9 @@ class StateAudit:
 
     def __init__(self, me: MemberId) -> None:
         self._me = me
-        # Why this node must not serve, for a person; set once, for only a restart cures it.
+        # Why this node must not serve, for a person; set once.
         self.trouble = ""
+        self.finding = ""  # of the leader: whose states differ, for a person
         self.question: HashReport | None = None  # the leader's last, not yet answered
         self._own = (0, 0)  # (index, hash) that this node last asked or answered with
         self._answers: dict[MemberId, int] = {}  # of the leader: to its last question
@@ -68,23 +69,37 @@ class StateAudit:
             return []  # to an older question
         self._answers[report.sender] = report.state_hash
         if len(set(self._answers.values())) == 1:
+            if len(self._answers) == len(membership.members):
+                self.finding = ""
             return []
         for value in set(self._answers.values()):
             if membership.has_quorum(m for m, answer in self._answers.items() if answer == value):
                 self._judge(index, value)
+                names = ", ".join(
+                    member.node_id
+                    for member in membership.members
+                    if self._answers.get(member.member_id, value) != value
+                )
+                self.finding = f"the state of {names} differs from the majority's"
                 return [
                     HashReport(self._me, member.member_id, report.term, index, value, True)
                     for member in membership.members
                     if member.member_id != self._me
                 ]
         if all(voter in self._answers for voter in membership.voters):
-            self._stop_serving(f"the nodes' states differ at index {index} and no majority agrees")
+            self._stop_serving(
+                f"the nodes' states differ at index {index} and no majority agrees",
+                "restore a backup into a new cluster",
+            )
         return []
 
     def _judge(self, index: int, state_hash: int) -> None:
         if self._own[0] == index and self._own[1] != state_hash:
-            self._stop_serving(f"this node's state differs from the majority's at index {index}")
+            self._stop_serving(
+                f"this node's state differs from the majority's at index {index}",
+                "keep a copy of its directory for a report, and let it come back empty "
+                "(cluster_manager.py --action replace)",
+            )
 
-    def _stop_serving(self, why: str) -> None:
-        advice = "it no longer serves; restart it to rebuild its state from the log"
-        self.trouble = self.trouble or f"{why}: {advice}"
+    def _stop_serving(self, why: str, advice: str) -> None:
+        self.trouble = self.trouble or f"{why}: it no longer serves; {advice}"

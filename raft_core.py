@@ -23,7 +23,6 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass
 
 from raft_log import MembershipLog, RaftLog, entry_bytes
 from raft_members import Followers
@@ -31,6 +30,7 @@ from raft_progress import Progress, ProgressState
 from raft_types import (
     AppendEntries,
     AppendReply,
+    EntriesOnDisk,
     Entry,
     EntryKind,
     HardState,
@@ -41,8 +41,10 @@ from raft_types import (
     RaftConfig,
     Ready,
     Role,
+    Room,
     Snapshot,
     SnapshotChunk,
+    SnapshotDue,
     SnapshotOutcome,
     SnapshotReply,
     TimeoutNow,
@@ -77,24 +79,6 @@ class ImpossibleMessageError(Exception):
 
 class MembershipChangeRefusedError(Exception):
     """A change of membership can't start now; nothing was appended."""
-
-
-@dataclass(frozen=True, slots=True)
-class EntriesOnDisk:
-    """Instead of an append: read entries from ``first`` on from the disk, then ``append_with``."""
-
-    first: int
-    last: int
-
-
-@dataclass(frozen=True, slots=True)
-class SnapshotDue:
-    """Instead of an append: the log begins after what this follower needs, so send it a state.
-
-    Call ``snapshot_started`` at once, or this comes again; ``snapshot_ended`` when it is over.
-    """
-
-    needed_index: int
 
 
 # Attempts with a short pause after the leader's death, before falling back to the timeout.
@@ -134,6 +118,7 @@ class RaftCore:
         self.leader_id: MemberId | None = None
         self.commit_index = commit_index
         self.may_campaign = True
+        self.room = Room.PLENTY  # on this server's disk; the driver sets it
         self._messages: list[Message] = []
         self._notices: list[str] = []
         self._ready_out: Ready | None = None
@@ -154,6 +139,7 @@ class RaftCore:
         self.truncated_count = 0  # entries this server ever had to give up
         self._heartbeat_elapsed_ticks = 0
         self._term_first_index = 0  # the index of this leadership's no-op
+        self.led_commit_index = 0  # how far it had committed when it last ceased to lead
         self._uncommitted: deque[tuple[int, int]] = deque()  # (last index, bytes) by proposal
         self._uncommitted_bytes = 0
         self.transfer_target: MemberId | None = None  # who is to lead instead
@@ -241,6 +227,7 @@ class RaftCore:
             self.voted_for = None  # never within a term: raft-traps T3
         if self.role is Role.LEADER:
             self._reset_election_timer()
+            self.led_commit_index = self.commit_index
         self.role = Role.FOLLOWER
         self.leader_id = leader_id
         self._votes = {}
@@ -488,6 +475,7 @@ class RaftCore:
                     success=True,
                     match_index=last_verified,
                     round=message.round,
+                    room=self.room,
                 )
             )
 
@@ -507,15 +495,12 @@ class RaftCore:
 
     def _truncate_from(self, index: int) -> None:
         assert index > self.commit_index, "a committed entry must never be replaced"
-        self._note_truncated(self.log.last_index - index + 1)
+        count = self.log.last_index - index + 1
+        self.truncated_count += count
+        self._notices.append(f"rolled back entries={count}")
         self.log.truncate_from(index)
         self._memberships.truncate_from(index)
         self._use_latest_membership()
-
-    def _note_truncated(self, count: int) -> None:
-        if count > 0:
-            self.truncated_count += count
-            self._notices.append(f"rolled back entries={count}")
 
     def _refuse_append(self, request: AppendEntries, hint_index: int, hint_term: int) -> None:
         self._messages.append(
@@ -529,6 +514,7 @@ class RaftCore:
                 prev_index=request.prev_index,
                 hint_index=hint_index,
                 hint_term=hint_term,
+                room=self.room,
             )
         )
 
@@ -541,6 +527,7 @@ class RaftCore:
         if message.match_index > self.log.last_index or message.round > self.round:
             raise ImpossibleMessageError("an answer to what was not sent")
         progress.heard_ticks = self._now_ticks
+        progress.room = message.room
         progress.acked_round = max(progress.acked_round, message.round)
         if message.success:
             if progress.matched(message.match_index, self.round):
@@ -740,7 +727,10 @@ class RaftCore:
             self._memberships.restore(snapshot, index)
         else:
             assert self.role is not Role.LEADER, "a committed entry is missing"
-            self._note_truncated(self.log.last_index - index)
+            self.truncated_count += max(0, self.log.last_index - index)
+            if uncommitted := self.log.last_index - self.commit_index:
+                # The state may have a part of them, which nobody can tell.
+                self._notices.append(f"rolled back entries={uncommitted} at most")
             self.log.reset(index, term)
             self._log_base = (index, term)
             self._memberships.truncate_from(index + 1)
@@ -885,6 +875,18 @@ class RaftCore:
         One that never got the entry that added it can't know: its driver asks the others.
         """
         return not self._has_vote and self._memberships.is_removed(self.commit_index)
+
+    @property
+    def failures_tolerated(self) -> int:
+        """How many more voters may fail; where this server leads, it counts on those that answer."""
+        if self.role is Role.LEADER:
+            return self._followers.failures_tolerated(self.membership, self._now_ticks)
+        return self.membership.failures_tolerated
+
+    @property
+    def cluster_room(self) -> Room:
+        """What writes may count on: this leader's own disk, and those of a majority."""
+        return self._followers.room(self.membership, self.room)
 
     @property
     def troubles(self) -> list[str]:

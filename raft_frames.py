@@ -27,6 +27,7 @@ from raft_types import (
     MemberId,
     Membership,
     Message,
+    Room,
     SnapshotChunk,
     SnapshotOutcome,
     SnapshotReply,
@@ -37,7 +38,7 @@ from raft_types import (
     encode_entries,
 )
 
-FORMAT_VERSION: Final = 2
+FORMAT_VERSION: Final = 3
 FRAME_BYTES_MAX: Final = 80 << 20  # the largest request (64 MiB) and its neighbours in a batch
 HANDSHAKE_BYTES_MAX: Final = 1024  # who has not said its name yet gets no more memory than this
 TEXT_BYTES_MAX: Final = 900  # of a name or a reason in a handshake
@@ -133,6 +134,13 @@ class _FixedBody:
         return [getattr(message, name) for name in self._names]
 
 
+def _append_reply(sender: MemberId, to: MemberId, *values: int) -> AppendReply:
+    term, success, match, round_, prev, hint, hint_term, number = values
+    # ValueError for one that is not known here; the usual one needs no such look.
+    room = Room(number) if number else Room.PLENTY
+    return AppendReply(sender, to, term, bool(success), match, round_, prev, hint, hint_term, room)
+
+
 def _snapshot_reply(
     sender: MemberId, to: MemberId, term: int, snapshot_id: int, received_bytes: int, outcome: int
 ) -> SnapshotReply:
@@ -141,7 +149,7 @@ def _snapshot_reply(
 
 
 _FIXED_BODIES = (
-    _FixedBody(FrameType.APPEND_REPLY, AppendReply, ">Q?QQQQQ"),
+    _FixedBody(FrameType.APPEND_REPLY, AppendReply, ">Q?QQQQQB", _append_reply),
     _FixedBody(FrameType.VOTE_REQUEST, VoteRequest, ">QQQ??"),
     _FixedBody(FrameType.VOTE_REPLY, VoteReply, ">Q??"),
     _FixedBody(FrameType.TIMEOUT_NOW, TimeoutNow, ">Q"),

@@ -11,7 +11,7 @@ Carved out of ``raft_core.py``, the only caller. No I/O.
 from __future__ import annotations
 
 from raft_progress import Progress
-from raft_types import Member, MemberId, Membership, RaftConfig
+from raft_types import Member, MemberId, Membership, RaftConfig, Room
 
 
 class Followers:
@@ -71,6 +71,22 @@ class Followers:
         oldest = now_ticks - self._config.election_ticks_min
         heard = [m for m, progress in self.progress.items() if progress.heard_ticks > oldest]
         return [self._member_id, *heard]
+
+    def failures_tolerated(self, membership: Membership, now_ticks: int) -> int:
+        """How many of the voters that answer may fail with a majority left."""
+        serving = [
+            member_id
+            for member_id in self.answering(now_ticks)
+            if membership.is_voter(member_id)
+            and (member_id == self._member_id or not self.progress[member_id].has_lost)
+        ]
+        return max(0, len(serving) - membership.quorum)
+
+    def room(self, membership: Membership, own: Room) -> Room:
+        """What a majority of the disks has left, and the leader's ``own``."""
+        left = {member: Room.NONE - progress.room for member, progress in self.progress.items()}
+        left[self._member_id] = Room.NONE - own
+        return max(own, Room(Room.NONE - membership.majority_index(left)))
 
     def note_loss(self, member_id: MemberId, membership: Membership) -> None:
         """This follower lacks what it acknowledged; that it does must not be counted on again.

@@ -42,33 +42,31 @@ from kv_store import KeyValueStore, Slice
 from kv_types import Reply
 from raft_audit import StateAudit
 from raft_core import (
-    EntriesOnDisk,
     ImpossibleMessageError,
     MembershipChangeRefusedError,
     NotLeaderError,
     RaftCore,
-    SnapshotDue,
     TooMuchUncommittedError,
     TransferRefusedError,
     TransferUnderWayError,
 )
 from raft_frames import FrameError, Hello, encode_message
-from raft_lease import Lease
 from raft_snapshots import StateKeeper, recovered_core
 from raft_status import (
     TICK_S,
     MemberStatus,
     NodeConfig,
-    NodeRole,
     NodeStatus,
     OwnBugs,
     Pending,
     Waiting,
+    node_role,
     wait_for,
 )
 from raft_transport import LATER, PeerLink, PeerLinks, PeerListener
 from raft_types import (
     AppendEntries,
+    EntriesOnDisk,
     Entry,
     EntryKind,
     HashReport,
@@ -79,12 +77,16 @@ from raft_types import (
     Message,
     Ready,
     Role,
+    Room,
     Snapshot,
     SnapshotChunk,
+    SnapshotDue,
     SnapshotOutcome,
     SnapshotReply,
 )
+from raft_watch import DiskWatch, Lease
 from replication_log import ReplicationLog
+from replication_log_format import DiskRefusesError
 from state_db import SnapshotReader, StateDb, StateHeader
 
 log = logging.getLogger(__name__)
@@ -95,11 +97,8 @@ APPLY_BYTES_MAX = 1024 * 1024
 APPLY_LAG_MAX = 20_000  # entries, which take some 0.2 s
 UPKEEP_INTERVAL_S = 0.1
 STOP_TIMEOUT_S = 30.0  # the state is saved once more, which takes longest
-# Below the first the primary's clients may only delete, below the second it refuses every write, so
-# that what it has accepted still fits.
-DISK_RESERVE_BYTES = 64 * 1024 * 1024
-DISK_FLOOR_BYTES = 32 * 1024 * 1024
 DISK_CHECK_INTERVAL_S = 1.0
+DISK_RETRY_S = 0.2
 
 Effect = Callable[[], object]
 
@@ -157,16 +156,15 @@ class RaftNode:
         self._dead: set[MemberId] = set()  # peers whose port refuses, or is another process's
         self._seen = (Role.FOLLOWER, self._core.term, self._core.leader_id)
         self._seen_membership = Membership()
-        self._bytes_free = DISK_RESERVE_BYTES
+        self._disk_watch = DiskWatch(disk)
+        # What writes may count on, as it was at the last tick; looked at without the lock.
+        self.room = Room.PLENTY
         self._lease = Lease(config.lease_reads, config.election_timeout_min_s, clock)
         self._keeper = StateKeeper(
             identity.member_id, disk, state, self, snapshot.index, config.log_bytes_max
         )
         # Held by who changes the log on disk; nothing else is taken or waited for meanwhile.
         self._changing_disk = threading.Lock()
-        # How long, in ticks of a process that runs, the present write to the log has taken.
-        self._write_count = self._watched_write = self._writing_ticks = 0
-        self._disk_hangs = False
         self._audit = StateAudit(identity.member_id)
         self._next_audit_s = 0.0
         self._threads = self._make_threads()
@@ -197,7 +195,7 @@ class RaftNode:
         """Stop everything; who still waits for a write gets UNKNOWN."""
         with self._lock:
             self._stopping = True
-            effects = self._fail_waiting_locked(OutcomeUnknownError("the node is stopping"))
+            effects = self._fail_waiting_locked(0, OutcomeUnknownError("the node is stopping"))
             self._ready_due.notify_all()
             self._apply_due.notify_all()
             self._primary_changed.notify_all()
@@ -240,8 +238,8 @@ class RaftNode:
         """
         with self._own_bugs, self._lock:
             self._check_serving_locked()
-            if self._bytes_free < DISK_FLOOR_BYTES:
-                raise NoSpaceError("the primary's disk is full: free some space")
+            if self.room is Room.NONE:
+                raise NoSpaceError(self.room_trouble() or "a disk is full: free some space")
             try:
                 first = self._core.propose(payloads)
             except NotLeaderError:
@@ -327,11 +325,6 @@ class RaftNode:
         return None
 
     # ---- Any thread: members and leadership ----------------------------------------------------
-
-    @property
-    def disk_is_full(self) -> bool:
-        """Whether the disk has no room for anything but deletions."""
-        return self._bytes_free < DISK_RESERVE_BYTES
 
     @property
     def has_primary(self) -> bool:
@@ -426,6 +419,8 @@ class RaftNode:
 
     def open_backup(self) -> SnapshotReader:
         """The state that this node saves now, as bytes. Raises OSError, StateDbError."""
+        if self.suspicion:
+            raise OSError(self.suspicion)
         return self._keeper.open_backup()
 
     def status(self) -> NodeStatus:
@@ -433,41 +428,39 @@ class RaftNode:
         with self.store_lock:
             applied_index, state_hash = self.store.applied_index, self.store.state_hash
         with self._lock:
-            core, membership = self._core, self._core.membership
-            return NodeStatus(
-                identity=self.identity,
-                role=self._node_role_locked(),
-                term=core.term,
+            members = tuple(map(self._member_status_locked, self._core.membership.members))
+            return NodeStatus.of(
+                self._core,
+                self.identity,
                 primary=self._primary_locked(),
-                commit_index=core.commit_index,
                 applied_index=applied_index,
-                first_index=core.log.first_index,
-                last_index=core.log.last_index,
                 state_hash=state_hash,
-                voters=len(membership.voters),
-                failures_tolerated=membership.failures_tolerated,
-                members=tuple(map(self._member_status_locked, membership.members)),
+                members=members,
                 trouble=self._trouble(),
             )
 
     def _trouble(self) -> str:
         found = (
-            self._audit.trouble,
-            "the disk hangs" if self._disk_hangs else "",
-            "disk almost full: a primary refuses all but deletions" if self.disk_is_full else "",
+            self._audit.trouble or (self._audit.finding if self.is_primary else ""),
+            self._disk_watch.trouble,
+            self.room_trouble(),
             self._keeper.trouble,
             *self._core.troubles,
         )
         return "; ".join(text for text in found if text)
 
-    def _node_role_locked(self) -> NodeRole:
-        core = self._core
-        if core.role is Role.LEADER:
-            return NodeRole.PRIMARY
-        if core.role is not Role.FOLLOWER:
-            return NodeRole.CANDIDATE
-        is_voter = core.membership.is_voter(core.member_id)
-        return NodeRole.SECONDARY if is_voter else NodeRole.LEARNER
+    @property
+    def suspicion(self) -> str:
+        """Why nothing of this node's state may be told; "" if it may."""
+        return self._audit.trouble
+
+    def room_trouble(self) -> str:
+        """Of a primary: why its clients may not write all; "" if they may."""
+        if self.room is Room.PLENTY or not self.is_primary:
+            return ""
+        what = "all but deletions" if self.room is Room.SHORT else "all writes"
+        where = "a majority's disks are" if self._disk_watch.room < self.room else "the disk is"
+        return f"{where} almost full: {what} are refused until there is room"
 
     def _member_status_locked(self, member: Member) -> MemberStatus:
         core, match_index = self._core, None
@@ -502,10 +495,12 @@ class RaftNode:
         return effects
 
     def _done_locked(self, done: Sequence[Pending]) -> list[Effect]:
-        # Whoever loses the leadership first gives up all that waits, with the lock held: so this
-        # node still leads, in their term (raft-traps T48).
-        assert not done or self._core.role is Role.LEADER
-        assert all(pending.term == self._core.term for pending in done)
+        for pending in done:
+            # Whoever loses the leadership first gives up all reads, with the lock held: so this
+            # node still leads, in their term (raft-traps T48).
+            is_read = pending.first == 0
+            assert not is_read or self._core.role is Role.LEADER
+            assert not is_read or pending.term == self._core.term
         return [pending.finish for pending in done]
 
     def _follow_role_locked(self) -> list[Effect]:
@@ -516,7 +511,8 @@ class RaftNode:
         effects: list[Effect] = []
         if old_role is Role.LEADER and (core.role is not Role.LEADER or core.term != old_term):
             error = OutcomeUnknownError("this node lost the leadership")
-            effects += self._fail_waiting_locked(error)
+            # Not core.commit_index: by now that may be the next leader's, over other entries.
+            effects += self._fail_waiting_locked(core.led_commit_index, error)
             effects.append(self._on_step_down)
         if core.role is Role.LEADER and old_role is not Role.LEADER:
             self._lease.begin()
@@ -524,14 +520,12 @@ class RaftNode:
         leader = self._primary_locked()
         name = leader.node_id if leader else core.leader_id
         effects.append(
-            partial(
-                log.info, "role=%s term=%d leader=%s", self._node_role_locked(), core.term, name
-            )
+            partial(log.info, "role=%s term=%d leader=%s", node_role(self._core), core.term, name)
         )
         return effects
 
-    def _fail_waiting_locked(self, error: OutcomeUnknownError) -> list[Effect]:
-        failed = self._waiting.fail_all(error, self._not_primary_locked())
+    def _fail_waiting_locked(self, committed: int, error: OutcomeUnknownError) -> list[Effect]:
+        failed = self._waiting.fail(committed, error, self._not_primary_locked())
         return [pending.finish for pending in failed]
 
     def _follow_membership_locked(self) -> list[Effect]:
@@ -600,21 +594,19 @@ class RaftNode:
 
     def _watch_disk_locked(self, ticks: int) -> list[Effect]:
         """A primary whose own disk hangs makes way, though its heartbeats still flow."""
-        if self._write_count != self._watched_write or not self._core.is_writing:
-            self._watched_write = self._write_count
-            self._writing_ticks = 0
-        self._writing_ticks += ticks
-        hangs = self._writing_ticks > self._core.config.election_ticks_min
+        core, disk = self._core, self._disk_watch
+        changed = disk.watch(ticks, core.config.election_ticks_min, is_writing=core.is_writing)
+        core.room = disk.room
+        self.room = core.cluster_room if core.role is Role.LEADER else disk.room
         # Who has much to apply lets others go first: its clients would wait for that.
-        is_behind = self._core.commit_index - self._applied_index > APPLY_LAG_MAX
-        self._core.may_campaign = not (hangs or is_behind or self._audit.trouble)
-        if hangs == self._disk_hangs:
+        is_behind = core.commit_index - self._applied_index > APPLY_LAG_MAX
+        core.may_campaign = not (disk.hangs or is_behind or self._audit.trouble)
+        if not changed:
             return []
-        self._disk_hangs = hangs
-        if not hangs:
+        if not disk.hangs:
             return [partial(log.warning, "the disk answers again")]
-        if self._core.role is Role.LEADER:
-            self._core.give_way()
+        if core.membership.voters != (core.member_id,):  # else nobody could do better
+            core.give_way()
         return [partial(log.error, "the disk hangs: this node does not lead until it answers")]
 
     def _give_up_late_locked(self, now_s: float) -> list[Effect]:
@@ -646,12 +638,11 @@ class RaftNode:
 
         One at a time: the core gives out no other.
         """
-        with self._changing_disk:
-            if ready.log_base is not None:
-                self._disk.reset(*ready.log_base)
-            self._disk.append(ready.hard_state, ready.entries)
+        while not self._is_written(ready):
+            if self._stopping:
+                return
+            time.sleep(DISK_RETRY_S)
         with self._lock:
-            self._write_count += 1
             effects = self._advance_locked(ready)
             if self._core.has_ready:
                 self._ready_due.notify()  # more has gathered; this thread has its own work
@@ -663,6 +654,23 @@ class RaftNode:
         _run(effects)
         if not leads:
             self._apply_committed()
+
+    def _is_written(self, ready: Ready) -> bool:
+        """Write it; False if the disk has no room, and nothing is changed: it is to be tried again."""
+        try:
+            with self._changing_disk:
+                hard_state = ready.hard_state
+                if ready.log_base is not None:
+                    # First, for the log can't begin in a term that it has not heard of.
+                    self._disk.append(hard_state, ())
+                    self._disk.reset(*ready.log_base)
+                    hard_state = None
+                self._disk.append(hard_state, ready.entries)
+        except DiskRefusesError as error:
+            self._disk_watch.refused(error)
+            return False
+        self._disk_watch.written()
+        return True
 
     def _apply_committed(self) -> None:
         """Apply what is committed, unless another thread is at it; that one then goes on."""
@@ -696,7 +704,7 @@ class RaftNode:
                 self._write(ready)
             if self._clock() >= next_check_s:
                 next_check_s = self._clock() + DISK_CHECK_INTERVAL_S
-                self._check_disk_space()
+                self._disk_watch.look()
 
     def _advance_locked(self, ready: Ready) -> list[Effect]:
         """``ready`` is durable: its messages may go, and blind writes are done."""
@@ -713,14 +721,6 @@ class RaftNode:
             for message in messages
             if (link := self._links.get(message.to)) is not None
         ]
-
-    def _check_disk_space(self) -> None:
-        was_full = self.disk_is_full
-        self._bytes_free = self._disk.bytes_free()  # one writer; read without the lock is fine
-        if self.disk_is_full and not was_full:
-            log.error("disk almost full: a primary refuses all but deletions; if full, a node ends")
-        elif was_full and not self.disk_is_full:
-            log.info("disk has room again")
 
     # ---- Thread raft-applier -------------------------------------------------------------------
 
@@ -770,7 +770,7 @@ class RaftNode:
             if payloads:
                 with self._lock:
                     effects = []
-                    if self._core.role is Role.LEADER and self._bytes_free >= DISK_FLOOR_BYTES:
+                    if self._core.role is Role.LEADER and self.room is not Room.NONE:
                         with suppress(TransferUnderWayError, TooMuchUncommittedError):
                             self._core.propose(payloads)
                         effects = self._pump_locked()
@@ -980,15 +980,15 @@ class RaftNode:
         core, audit = self._core, self._audit
         if report.term != core.term:
             return []
-        was_well = not audit.trouble
+        was_well, known = not audit.trouble, audit.finding
         leads = core.role is Role.LEADER
         effects = self._post_locked(audit.on_report(report, core.membership, leads=leads))
         if audit.trouble and was_well:
             core.step_down()
             effects.append(partial(log.critical, "%s", audit.trouble))
-        elif report.is_verdict or effects:
-            text = "another node's state differs from the majority's at index=%d"
-            effects.append(partial(log.error, text, report.applied_index))
+        elif audit.finding not in ("", known):
+            text = "%s at index=%d"
+            effects.append(partial(log.error, text, audit.finding, report.applied_index))
         return effects
 
 

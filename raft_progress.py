@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections import deque
 from enum import Enum
 
+from raft_types import Room
+
 # Appends with entries that may wait for their answer at one follower. While one does, entries
 # gather for the next; with sixteen, under load, most messages carried a single entry.
 INFLIGHT_MESSAGES_MAX = 1
@@ -51,6 +53,8 @@ class Progress:
         # The newest heartbeat round sent, and the newest answered.
         self.sent_round = 0
         self.acked_round = 0
+        # What its disk had left when it last answered.
+        self.room = Room.PLENTY
         # When the follower last answered, in the leader's ticks (check-quorum, thesis 6.2).
         self.heard_ticks = now_ticks
         # A learner's present round of catching up: where it ends, when it began (thesis 4.2.1).

@@ -14,7 +14,8 @@ from typing import Final
 
 from kv_errors import KVError
 from kv_types import Reply
-from raft_types import Entry, Identity, Member, RaftConfig
+from raft_core import RaftCore
+from raft_types import Entry, Identity, Member, RaftConfig, Role
 
 TICK_S: Final = 0.01
 
@@ -48,6 +49,16 @@ class NodeRole(StrEnum):
     LEARNER = "LEARNER"  # holds the data, or is catching up; has no vote
 
 
+def node_role(core: RaftCore) -> NodeRole:
+    """What this node is now."""
+    if core.role is Role.LEADER:
+        return NodeRole.PRIMARY
+    if core.role is not Role.FOLLOWER:
+        return NodeRole.CANDIDATE
+    is_voter = core.membership.is_voter(core.member_id)
+    return NodeRole.SECONDARY if is_voter else NodeRole.LEARNER
+
+
 @dataclass(frozen=True, slots=True)
 class MemberStatus:
     """A member as this node sees it; ``match_index`` and ``lag`` only where this node leads."""
@@ -77,6 +88,35 @@ class NodeStatus:
     failures_tolerated: int
     members: tuple[MemberStatus, ...]
     trouble: str  # why this node does not serve (all), for a person; "" if all is well
+
+    @classmethod
+    def of(
+        cls,
+        core: RaftCore,
+        identity: Identity,
+        *,
+        primary: Member | None,
+        applied_index: int,
+        state_hash: int,
+        members: tuple[MemberStatus, ...],
+        trouble: str,
+    ) -> NodeStatus:
+        """What the core tells, and the rest. Caller holds the node's lock."""
+        return cls(
+            identity=identity,
+            role=node_role(core),
+            term=core.term,
+            primary=primary,
+            commit_index=core.commit_index,
+            applied_index=applied_index,
+            first_index=core.log.first_index,
+            last_index=core.log.last_index,
+            state_hash=state_hash,
+            voters=len(core.membership.voters),
+            failures_tolerated=core.failures_tolerated,
+            members=members,
+            trouble=trouble,
+        )
 
 
 class Pending:
@@ -185,12 +225,19 @@ class Waiting:
             reader.error = read_error
         return late
 
-    def fail_all(self, write_error: KVError, read_error: KVError) -> list[Pending]:
-        """Everything, given up with these errors."""
-        failed = [*self._writes, *self._reads]
+    def fail(
+        self, committed_index: int, write_error: KVError, read_error: KVError
+    ) -> list[Pending]:
+        """All reads, and the writes beyond ``committed_index``, given up with these errors.
+
+        What is committed only has to be applied, whoever leads.
+        """
+        uncommitted = [pending for pending in self._writes if pending.last > committed_index]
+        failed = [*uncommitted, *self._reads]
         for pending in failed:
             pending.error = read_error if pending in self._reads else write_error
-        self._writes.clear()
+        for _ in uncommitted:
+            self._writes.pop()
         self._reads.clear()
         self._reads_at.clear()
         return failed

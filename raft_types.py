@@ -223,6 +223,14 @@ class AppendEntries:
     round: int
 
 
+class Room(IntEnum):
+    """What a server's disk has left for writes; the number is the byte on the wire."""
+
+    PLENTY = 0
+    SHORT = 1  # enough for deletions, and for what was accepted
+    NONE = 2
+
+
 @dataclass(frozen=True, slots=True)
 class AppendReply:
     """Follower to leader, sent only when what it claims is on the follower's disk.
@@ -230,6 +238,7 @@ class AppendReply:
     ``success``: the follower's log equals the leader's up to ``match_index``.
     Refused: ``prev_index`` repeats the request's; the follower's log may agree at
     ``hint_index``, where its term is ``hint_term`` (paper 5.3, backing up by term).
+    ``room`` is not part of Raft: whether the follower's disk will take more.
     """
 
     sender: MemberId
@@ -241,6 +250,7 @@ class AppendReply:
     prev_index: int = 0
     hint_index: int = 0
     hint_term: int = 0
+    room: Room = Room.PLENTY
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,6 +377,24 @@ class Ready:
     entries: tuple[Entry, ...]
     messages: tuple[Message, ...]
     log_base: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EntriesOnDisk:
+    """Instead of an append: read entries from ``first`` on from the disk, then ``append_with``."""
+
+    first: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotDue:
+    """Instead of an append: the log begins after what this follower needs, so send it a state.
+
+    Call ``snapshot_started`` at once, or this comes again; ``snapshot_ended`` when it is over.
+    """
+
+    needed_index: int
 
 
 # ---- Entries as bytes (the log's records and the peers' frames hold the same) ------------------

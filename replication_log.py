@@ -36,7 +36,8 @@ import sys
 import threading
 from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -52,6 +53,7 @@ from raft_types import (
     encode_entries,
 )
 from replication_log_format import (
+    DISK_FAULTS,
     FORMAT_VERSION,
     RECORD_BYTES_MAX,
     RECORD_HEADER_BYTES,
@@ -59,6 +61,7 @@ from replication_log_format import (
     SEGMENT_HEADER_BYTES,
     CorruptLogError,
     DataDirLockedError,
+    DiskRefusesError,
     SegmentHeader,
     TornRecordError,
     decode_identity,
@@ -121,6 +124,17 @@ def _system_disk() -> Disk:
         return os.pwritev(fd, [data], offset, os.RWF_DSYNC)
 
     return Disk(pwrite_durably=pwrite_durably)
+
+
+@contextmanager
+def _refusal_told() -> Iterator[None]:
+    """Makes a DiskRefusesError of what a disk may answer that has no room."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in DISK_FAULTS:
+            raise DiskRefusesError(error.errno, error.strerror) from error
+        raise
 
 
 def _copy_of_torn(path: Path) -> Path:
@@ -305,8 +319,11 @@ class ReplicationLog:
         """Make a new hard state (None: unchanged) and entries durable, with one write and one sync.
 
         (Much is written in several turns: a reader takes in whole records, however few entries it
-        wants.) The entries' indexes are consecutive and leave no gap after the log's last. Any
-        OSError is fatal to the process: what it left on the disk is known only after a restart.
+        wants.) The entries' indexes are consecutive and leave no gap after the log's last.
+
+        Raises DiskRefusesError: the same may be appended again, and is then written anew from its
+        beginning. Any other OSError is fatal to the process: what it left on the disk is known only
+        after a restart.
         """
         if hard_state is None and not entries:
             return
@@ -314,12 +331,17 @@ class ReplicationLog:
         flaw = self._flaw(hard_state or self._hard_state, entries)
         assert flaw is None, flaw
         begin = size_bytes = 0
-        for end, entry in enumerate(entries):
-            size_bytes += ENTRY_OVERHEAD_BYTES + len(entry.data)
-            if size_bytes > _TURN_BYTES_MAX and end > begin:
-                self._append_record(hard_state, entries[begin:end])
-                hard_state, begin, size_bytes = None, end, ENTRY_OVERHEAD_BYTES + len(entry.data)
-        self._append_record(hard_state, entries[begin:])
+        try:
+            for end, entry in enumerate(entries):
+                entry_bytes = ENTRY_OVERHEAD_BYTES + len(entry.data)
+                size_bytes += entry_bytes
+                if size_bytes > _TURN_BYTES_MAX and end > begin:
+                    self._append_record(hard_state, entries[begin:end])
+                    hard_state, begin, size_bytes = None, end, entry_bytes
+            self._append_record(hard_state, entries[begin:])
+        except DiskRefusesError:
+            self._broken = False
+            raise
 
     def _append_record(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
         data = encode_entries(entries)
@@ -339,11 +361,7 @@ class ReplicationLog:
         if end > size_bytes:
             size_bytes = max(end, min(end + -end % _ZEROS_BYTES, self._segment_bytes_max))
             record += bytes(size_bytes - end)
-        if self._disk.pwrite_durably is None:
-            self._write(last.fd, record, offset, self._disk.pwrite)
-            self._disk.fdatasync(last.fd)
-        else:
-            self._write(last.fd, record, offset, self._disk.pwrite_durably)
+        self._write_durably(last.fd, record, offset)
         self._broken = False
 
         last.records_end, last.size_bytes = end, size_bytes
@@ -549,12 +567,25 @@ class ReplicationLog:
             raise OSError(errno.EIO, "an earlier write to the log failed: restart the node")
         self._broken = True
 
+    def _write_durably(self, fd: int, data: bytes, offset: int) -> None:
+        if self._disk.pwrite_durably is not None:
+            # Whether it is the write that fails or the sync, this call can't tell. After a sync that
+            # fails all has to be written again anyhow, which shows which of them it is.
+            with suppress(DiskRefusesError):
+                self._write(fd, data, offset, self._disk.pwrite_durably)
+                return
+        self._write(fd, data, offset, self._disk.pwrite)
+        self._disk.fdatasync(fd)
+
     def _write(
         self, fd: int, data: bytes, offset: int, pwrite: Callable[[int, bytes, int], int]
     ) -> None:
-        written = pwrite(fd, data, offset)
-        while written < len(data):  # a short write: the disk may be full, the next one will tell
-            written += pwrite(fd, data[written:], offset + written)
+        with _refusal_told():
+            written = pwrite(fd, data, offset)
+            while written < len(
+                data
+            ):  # a short write: the disk may be full, the next one will tell
+                written += pwrite(fd, data[written:], offset + written)
 
     def _create_segment(self, first: int, *, begins_anew: bool = False) -> _Segment:
         """Begin a new last segment, durable under its name before any record is in it."""
@@ -562,10 +593,15 @@ class ReplicationLog:
         base_term = self.term_at(first - 1)
         header = SegmentHeader(sequence, begins_anew, first, base_term, self._hard_state)
         path = self._directory / f"log-{sequence:08x}-{first:016x}.seg"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+        with _refusal_told():
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
         segment = _Segment(path, fd, first)
-        # No zeros behind it yet: a longer file was in use, whatever it holds (see is_cut_short).
-        self._write(fd, encode_segment_header(header), 0, self._disk.pwrite)
+        try:
+            # No zeros behind it yet: a longer file was in use, whatever it holds (see is_cut_short).
+            self._write(fd, encode_segment_header(header), 0, self._disk.pwrite)
+        except DiskRefusesError:
+            self._disk.unlink(path)  # who tries again must not meet it
+            raise
         self._disk.fdatasync(fd)
         self._sync_directory(self._directory)
         self._segments[sequence] = segment

@@ -10,13 +10,14 @@ The files are listed at the top of ``replication_log.py``, which alone calls thi
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 from zlib import crc32
 
 from raft_types import Entry, HardState, Identity, decode_entries
@@ -27,12 +28,20 @@ SECTOR_BYTES = 512  # what a disk writes whole or not at all
 
 _WHAT_TO_DO = (
     "This node does not start on a damaged log, and nothing in it was changed. While the others "
-    "are a majority, start a new node instead: another --node-id and --port, an empty --data-dir. "
-    "It copies the data from them. Never delete single files: the node would forget its promises."
+    "are a majority, move this data directory away and start the node again by the same command: "
+    "it comes back as a new member and copies the data from them. Never delete single files: the "
+    "node would forget its promises."
 )
 
 
 # ---- Errors: why a data directory cannot be used -----------------------------------------------
+
+# What a disk may answer, and a person can mend while a node waits.
+DISK_FAULTS: Final = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.EROFS: "the file system is read-only",
+}
 
 
 class DataDirError(Exception):
@@ -41,6 +50,10 @@ class DataDirError(Exception):
 
 class DataDirLockedError(DataDirError):
     """Another process uses the directory."""
+
+
+class DiskRefusesError(OSError):
+    """The disk took no more, for one of DISK_FAULTS; nothing was synced, so nothing is in doubt."""
 
 
 class UnknownFormatError(DataDirError):

@@ -500,6 +500,11 @@ class StateDb:
             self._checkpoint()
             return found
 
+    def saved_index(self) -> int:
+        """The log index that the state on disk has reached. Raises StateDbError or OSError."""
+        with self._locked() as connection:
+            return _read_header(connection, self._path, _WHAT_TO_DO).applied_index
+
     def save(self, header: StateHeader, slices: Iterable[Slice]) -> None:
         """Bring the state up to date, in one transaction. On return it is on the disk.
 

@@ -33,7 +33,7 @@ import psutil
 from cluster_manager import SERVER_SCRIPT, ClusterManager, ManagerError
 from kv_config import EXIT_CONFIG
 from kv_errors import KVError
-from raft_node import DISK_FLOOR_BYTES
+from raft_watch import DISK_FLOOR_BYTES
 from tests.chaos_links import CLIENT, INSIDE, OUTSIDE, Link, Network, Weather
 from tests.cluster import (
     ANSWER_S,
@@ -53,7 +53,7 @@ ELECTION_TIMEOUT_S: Final = 1.0
 NEWS_LATE_S: Final = 0.6
 SMALL_LOG: Final = ("--max-log", "1MiB")
 SMALL_MEMORY: Final = ("--max-memory", "16MiB")
-SMALL_DISK_BYTES: Final = 256 * 1024 * 1024
+SMALL_DISK_BYTES: Final = 384 * 1024 * 1024
 # The node's own limit of descriptors has to allow that; it lowers --max-clients otherwise.
 MANY_CLIENTS: Final = ("--max-clients", "11000")
 IDLE_COUNT: Final = 10_000
@@ -418,8 +418,8 @@ def small_disk(cluster: ChaosCluster, node_id: str) -> Iterator[Path]:
 def disk_full(stage: Stage) -> None:
     """F7, F15: no room on a node's disk (ENOSPC), or almost none; later there is some again.
 
-    A secondary ends, and a primary ends or refuses; who ended is started again, as by the monitor,
-    while the disk is still full too.
+    A secondary waits for room, and a primary makes way or refuses. One may be killed meanwhile, and
+    started with its disk still full.
     """
     cluster = stage.cluster
     primary = cluster.primary()
@@ -440,21 +440,22 @@ def disk_full(stage: Stage) -> None:
 
         def has_failed() -> bool:
             trouble = (cluster.status(victim) or {}).get("trouble") or ""
-            return cluster.process(victim) is None or (almost and "disk almost full" in trouble)
+            return "are refused" in trouble if almost else "the disk is full" in trouble
 
         refusal = fill(stage, has_failed)
-        stage.tell(f"refused: {refusal}" if refusal else f"{victim} has ended, or almost")
+        stage.tell(f"refused: {refusal}" if refusal else f"{victim} waits for room")
         stage.hold(0.2, 2.0)
-        if cluster.process(victim) is None and stage.rng.random() < 0.5:
+        if stage.rng.random() < 0.3:
+            stage.tell(f"{victim} is started with its disk full")
+            cluster.kill(victim)
             cluster.start(victim)
-            eventually(lambda: cluster.process(victim) is None, f"{victim} ends again")
         ballast.unlink()
         stage.tell(f"the disk of {victim} has room")
         cluster.heal()
 
         def has_room() -> bool:
             status = cluster.status(victim)
-            return status is not None and "disk almost full" not in (status["trouble"] or "")
+            return status is not None and "full" not in (status["trouble"] or "")
 
         eventually(has_room, f"{victim} notices that there is room")
         unfill(stage)
@@ -690,7 +691,7 @@ class FaultClass:
 
 DISK_WORDS: Final = ("File too large", "Errno 27", "can't be saved")
 STALL_WORDS: Final = ("the disk hangs",)
-FULL_WORDS: Final = ("the disk is full", "disk almost full", "No space left", "can't be saved")
+FULL_WORDS: Final = ("the disk is", "the disk hangs", "No space left", "can't be saved")
 DAMAGE_WORDS: Final = ("can't start", "damaged", "checksum")
 
 SINGLE: Final = (

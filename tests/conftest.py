@@ -6,10 +6,14 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import psutil
 import pytest
+
+from raft_status import NodeConfig
+from tests.trio import QUICK, Trio
 
 # Long enough for a process that was told to stop, short enough not to hide one that was not.
 GRACE_S = 5.0
@@ -70,3 +74,30 @@ def restless_threads() -> Iterator[None]:
     sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(interval_s)
+
+
+@pytest.fixture
+def make_trio(tmp_path: Path) -> Iterator[Callable[..., Trio]]:
+    """Makes nodes that are stopped in the end, and whose threads must not have died."""
+    made: list[Trio] = []
+
+    def make(config: NodeConfig = QUICK, count: int = 3) -> Trio:
+        made.append(Trio(tmp_path, config, count))
+        return made[-1].start()
+
+    yield make
+
+    for trio in made:
+        trio.stop()
+        for server in trio.servers:
+            assert not server.fatal, server.fatal
+
+
+@pytest.fixture(scope="module")
+def shared_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
+    """For tests that leave the cluster as they found it."""
+    trio = Trio(tmp_path_factory.mktemp("trio"), QUICK).start()
+    yield trio
+    trio.stop()
+    for server in trio.servers:
+        assert not server.fatal, server.fatal

@@ -38,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 import kv_store_server  # noqa: E402
 import raft_node  # noqa: E402
 import raft_snapshots  # noqa: E402
+import raft_status  # noqa: E402
 import replication_log  # noqa: E402
 import state_db  # noqa: E402
 from raft_core import RaftCore  # noqa: E402
@@ -60,7 +61,7 @@ METHODS: dict[str, type] = {
     "RaftNode._next_append": raft_node.RaftNode,
     "RaftNode._apply": raft_node.RaftNode,
     "StateKeeper.on_chunk": raft_snapshots.StateKeeper,
-    "RaftNode._finish_applied_locked": raft_node.RaftNode,
+    "Waiting.applied": raft_status.Waiting,
     "RaftNode._follow_membership_locked": raft_node.RaftNode,
 }
 

@@ -156,6 +156,7 @@ class FakeNode(socketserver.ThreadingTCPServer):
             "commit_index": COMMITTED,
             "applied_index": COMMITTED - misbehaves(self.settings, "BEHIND"),
             "keys": 5,
+            "failures_tolerated": 3,
             "uptime_seconds": time.monotonic() - self.started,
             "trouble": "the disk is full" if misbehaves(self.settings, "TROUBLED") else None,
             "argv": sys.argv[1:],

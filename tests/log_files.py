@@ -102,6 +102,8 @@ class WatchedDisk:
         self.fail: dict[str, OSError] = {}
         self.short_bytes = sys.maxsize  # the most that one write takes
         self.calls_max = sys.maxsize  # all further ones fail, and do nothing
+        self.room_bytes = sys.maxsize  # what writes may still take, then they fail with the next
+        self.no_room = OSError(errno.ENOSPC, "no room")
 
     def disk(self) -> Disk:
         return Disk(
@@ -127,7 +129,11 @@ class WatchedDisk:
 
     def _pwrite(self, fd: int, data: bytes, offset: int) -> int:
         self._note("pwrite", fd)
-        return os.pwrite(fd, data[: self.short_bytes], offset)
+        if self.room_bytes == 0:
+            raise self.no_room
+        count = os.pwrite(fd, data[: min(self.short_bytes, self.room_bytes)], offset)
+        self.room_bytes -= count
+        return count
 
     def _fdatasync(self, fd: int) -> None:
         self._note("fdatasync", fd)

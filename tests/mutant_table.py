@@ -542,7 +542,7 @@ _OWN = (
     Mutant(
         "lease-not-waited-for",
         "a new leader answers while the old one's lease may still run",
-        "raft_lease.py",
+        "raft_watch.py",
         "        return self._enabled and self._clock() < self._wait_until_s\n",
         "        return False\n",
         (

@@ -17,11 +17,12 @@ from typing import NamedTuple
 
 from kv_commands import decode_payload
 from kv_store import Flush, KeyRow, KeyValueStore, SessionRow, Slice, Table
-from raft_core import EntriesOnDisk, RaftCore, SnapshotDue
+from raft_core import RaftCore
 from raft_log import WINDOW_BYTES_MAX, RaftLog, entry_bytes
 from raft_types import (
     AppendEntries,
     AppendReply,
+    EntriesOnDisk,
     Entry,
     EntryKind,
     HardState,
@@ -34,6 +35,7 @@ from raft_types import (
     Role,
     Snapshot,
     SnapshotChunk,
+    SnapshotDue,
     SnapshotOutcome,
     SnapshotReply,
     TimeoutNow,

@@ -21,8 +21,9 @@ from itertools import chain, islice
 
 from kv_store import Flush, Slice
 from kv_types import Reply
-from raft_core import EntriesOnDisk, RaftCore, SnapshotDue
+from raft_core import RaftCore
 from raft_types import (
+    EntriesOnDisk,
     Entry,
     EntryKind,
     HardState,
@@ -34,6 +35,7 @@ from raft_types import (
     Role,
     Snapshot,
     SnapshotChunk,
+    SnapshotDue,
     SnapshotOutcome,
     SnapshotReply,
 )

@@ -30,7 +30,7 @@ class HangingNode:
     def __init__(self) -> None:
         self.store_lock = threading.Lock()
         self.is_primary = True
-        self.disk_is_full = False
+        self.trouble = ""
         self.hangs = threading.Event()
         self.may_go_on = threading.Event()
 
@@ -48,6 +48,9 @@ class HangingNode:
 
     def read_barrier(self) -> None:
         """The store may be read at once."""
+
+    def room_trouble(self) -> str:
+        return self.trouble
 
 
 @pytest.fixture
@@ -116,7 +119,7 @@ def test_disk_when_almost_full_then_deletions_alone_are_accepted(
     server: TCPServer, node: HangingNode
 ) -> None:
     """They are what makes room; and a definite refusal says that nothing was done."""
-    node.disk_is_full = True
+    node.trouble = "the disk is almost full"
     node.may_go_on.set()
     with connect(server) as client:
         lines = client.makefile("rb")

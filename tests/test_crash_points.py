@@ -74,7 +74,7 @@ FOLLOW = chosen(
 )
 LEAD = chosen(
     1,
-    *("before RaftNode._finish_applied_locked 20", "after RaftNode._next_append 60"),
+    *("before Waiting.applied 20", "after RaftNode._next_append 60"),
     *("before RaftNode._next_append 60", "before RaftNode._apply 20", "after RaftNode._apply 20"),
     *("append before fdatasync 20", "after ReplicationLog.append 20"),
     *("before RaftCore._commit_to as primary 20", "after RaftCore._commit_to as primary 20"),

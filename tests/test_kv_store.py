@@ -733,6 +733,35 @@ def test_read_when_a_key_is_due_asks_for_the_purge(node: Node, line: str) -> Non
     assert node.do(line) != alive
 
 
+@pytest.mark.parametrize(
+    ("line", "seen"),
+    [
+        ("GET a", None),
+        ("GETS a", None),
+        ("STRLEN a", 0),
+        ("MGET b a", [b"1", None]),
+        ("EXISTS b a", 1),
+        ("TYPE a", "none"),
+        ("TTL a", -2),
+        ("PTTL a", -2),
+        ("KEYS *", [b"b"]),
+    ],
+)
+def test_stale_read_when_a_key_is_due_does_not_show_it(node: Node, line: str, seen: object) -> None:
+    """It changes nothing: what is due is deleted by the log alone (promise G5)."""
+    node.do("SET b 1 EX 1000")
+    node.do("SET a 1 PX 100")
+    before = node.store.state_hash
+    argv = [word.encode() for word in line.split()]
+
+    assert node.store.read_stale(argv, NOW + 100) == seen
+
+    assert node.store.state_hash == before
+    assert len(node.store) == 2
+    with pytest.raises(ExpiredKeysError):
+        node.store.read(argv, NOW + 100)
+
+
 @pytest.mark.parametrize("line", ["GET b", "MGET b", "EXISTS b c", "KEYS b*", "DBSIZE", "TTL b"])
 def test_read_when_only_other_keys_are_due_answers(node: Node, line: str) -> None:
     """A read waits for no purge that its answer doesn't depend on."""

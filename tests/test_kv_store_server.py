@@ -27,9 +27,8 @@ from hypothesis import strategies as st
 import kv_store_server
 from cluster_manager import SERVER_SCRIPT
 from cluster_nodes import free_ports
-from kv_commands import crc16_slot
 from kv_config import Address
-from kv_errors import KVError, NoPrimaryError, NotPrimaryError, OutcomeUnknownError
+from kv_errors import KVError
 from raft_types import Identity, Member, Membership
 from tests.cluster import (
     SHORT_TIMERS,
@@ -56,20 +55,6 @@ def single() -> Iterator[Cluster]:
     limit = ("--max-request-bytes", str(REQUEST_BYTES_MAX))
     with Cluster(*SHORT_TIMERS, *limit, nodes=1) as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def shared_trio() -> Iterator[Cluster]:
-    """Three nodes for all tests of this module."""
-    with Cluster(*SHORT_TIMERS) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def trio(shared_trio: Cluster) -> Cluster:
-    """Three nodes, all healthy when the test begins."""
-    shared_trio.heal()
-    return shared_trio
 
 
 def exchange(address: Address, data: bytes, timeout_s: float = 10.0) -> bytes:
@@ -264,155 +249,6 @@ def test_redis_benchmark_when_run_then_it_measures(single: Cluster) -> None:
         )
         assert "requests per second" in run.stdout
         assert "ERR" not in run.stdout + run.stderr
-
-
-# ---- R1, R2, R3: what carries clients across a failover ----------------------------------------
-
-
-def test_secondary_when_asked_for_a_key_then_moved_names_slot_and_primary(trio: Cluster) -> None:
-    """R1. The slot of ``foo`` is 12182 in Redis' own documentation of CLUSTER KEYSLOT."""
-    primary = trio.primary()
-    host, port = trio.address(primary)
-    secondary = trio.address(trio.others(primary)[0])
-
-    moved = exchange(secondary, _as_resp(["GET", "foo"]) + _as_resp(["SET", "{tag}x", "1"]))
-
-    slot = crc16_slot(b"tag")
-    assert moved == f"-MOVED 12182 {host}:{port}\r\n-MOVED {slot} {host}:{port}\r\n".encode()
-
-
-def test_primary_when_it_steps_down_then_it_closes_its_client_connections(trio: Cluster) -> None:
-    """R2. A write that waits is told that its outcome is unknown, first (promise G4)."""
-    primary = trio.primary()
-    with trio.resp(primary) as idle, trio.resp(primary) as writer:
-        assert idle.ask("SET", "k", "before") == "OK"
-        trio.suspend(*trio.others(primary))
-        writer.send("SET", "k", "during")
-
-        assert list(idle.replies()) == []
-        (reply,) = writer.replies()
-
-    assert isinstance(reply, OutcomeUnknownError)
-
-
-def test_no_primary_when_it_stays_so_then_a_command_is_held_and_refused(trio: Cluster) -> None:
-    """R3. Held for 1 to 2 s, then CLUSTERDOWN, which clients retry by themselves."""
-    alone = trio.others(trio.primary())[0]
-    trio.kill(*trio.others(alone))
-    trio.eventually(lambda: _has_no_primary(trio, alone), "it knows of no primary")
-
-    for request in (["GET", "k"], ["SET", "k", "v"]):
-        with trio.resp(alone) as connection:
-            began_s = time.monotonic()
-            reply = connection.ask(*request)
-            elapsed_s = time.monotonic() - began_s
-
-        assert isinstance(reply, NoPrimaryError)
-        assert str(reply) == "no primary is known"
-        assert 1.0 < elapsed_s < 3.0
-
-
-def _has_no_primary(cluster: Cluster, node_id: str) -> bool:
-    status = cluster.status(node_id)
-    return status is not None and status["primary"] is None
-
-
-def test_no_primary_when_one_is_elected_meanwhile_then_the_held_command_is_answered(
-    trio: Cluster,
-) -> None:
-    """R3. So a failover is a pause for who asks a secondary, and no error."""
-    old = trio.primary()
-    secondary = trio.others(old)[0]
-    with trio.resp(secondary) as connection:
-        connection.ask("PING")
-        trio.kill(old)
-        trio.eventually(lambda: not _follows(trio, secondary, old), "it has seen the death")
-
-        reply = connection.ask("SET", "held", "1")
-
-    assert reply == "OK" or isinstance(reply, NotPrimaryError), reply
-    if isinstance(reply, NotPrimaryError):
-        assert (reply.host, reply.port) != trio.address(old)
-
-
-def _follows(cluster: Cluster, node_id: str, primary: str) -> bool:
-    status = cluster.status(node_id)
-    return bool(status and status["primary"] and status["primary"]["node_id"] == primary)
-
-
-def test_readonly_when_given_then_this_connection_reads_stale_until_readwrite(
-    trio: Cluster,
-) -> None:
-    """Opt-in, for reads only, and for one connection only."""
-    primary = trio.primary()
-    version = trio.ask(primary, "SET stale ok")["version"]
-    secondary = trio.others(primary)[0]
-    trio.eventually(
-        lambda: trio.ask(secondary, "STATUS")["applied_index"] >= version, "it is there"
-    )
-
-    with trio.resp(secondary) as connection, trio.resp(secondary) as other:
-        assert connection.ask("READONLY") == "OK"
-        assert connection.ask("GET", "stale") == b"ok"
-        assert isinstance(connection.ask("SET", "stale", "no"), NotPrimaryError)
-        assert isinstance(other.ask("GET", "stale"), NotPrimaryError)
-        assert connection.ask("READWRITE") == "OK"
-        assert isinstance(connection.ask("GET", "stale"), NotPrimaryError)
-
-
-def test_cluster_when_asked_of_any_node_then_it_lists_the_members(trio: Cluster) -> None:
-    """CLUSTER is how clients and the manager learn the addresses."""
-    primary = trio.primary()
-    for node_id in trio.node_ids:
-        members = trio.ask(node_id, "CLUSTER")["members"]
-
-        assert {m["node_id"]: m["port"] for m in members} == {
-            n: trio.address(n)[1] for n in trio.node_ids
-        }
-        assert [m["node_id"] for m in members if m["role"] == "PRIMARY"] == [primary]
-        assert all(m["voter"] for m in members)
-
-
-# ---- Expiry ------------------------------------------------------------------------------------
-
-
-def test_expired_key_when_the_primary_dies_then_it_is_gone_everywhere_for_good(
-    trio: Cluster,
-) -> None:
-    """Promise G5: through a failover and a restart of all nodes; and never before its time."""
-    with trio.client() as client:
-        client.set("short", "1", ttl_s=2.0)
-        client.set("long", "1", ttl_s=600.0)
-        expires_s = time.monotonic() + 2.0
-        trio.kill(trio.primary())
-
-        left_s = client.ttl("short")
-
-        assert left_s is None or left_s <= 2.0
-        if left_s is None:
-            assert time.monotonic() >= expires_s, "expired before its time"
-        trio.eventually(lambda: client.get("short") is None, "it expires")
-        assert time.monotonic() >= expires_s - 0.1
-        trio.heal()
-        trio.eventually(lambda: _held_by(trio, "short") == [0, 0, 0], "it is gone everywhere")
-
-        trio.kill(*trio.node_ids)
-        trio.heal()
-
-        assert client.get("short") is None
-        assert _held_by(trio, "short") == [0, 0, 0]
-        assert 0 < (client.ttl("long") or 0) <= 600.0
-    trio.in_step()
-
-
-def _held_by(cluster: Cluster, key: str) -> list[object]:
-    """What each node itself says to EXISTS."""
-    answers: list[object] = []
-    for node_id in cluster.node_ids:
-        with cluster.resp(node_id) as connection:
-            connection.ask("READONLY")
-            answers.append(connection.ask("EXISTS", key))
-    return answers
 
 
 # ---- Start, stop, exit status ------------------------------------------------------------------

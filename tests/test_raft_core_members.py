@@ -9,16 +9,19 @@ from dataclasses import replace
 
 import pytest
 
-from raft_core import MembershipChangeRefusedError, NotLeaderError, RaftCore, SnapshotDue
+from raft_core import MembershipChangeRefusedError, NotLeaderError, RaftCore
 from raft_types import (
     VOTERS_MAX,
     AppendEntries,
+    AppendReply,
     Entry,
     EntryKind,
     Member,
     Membership,
     Role,
+    Room,
     Snapshot,
+    SnapshotDue,
     SnapshotOutcome,
     SnapshotReply,
     VoteReply,
@@ -27,6 +30,8 @@ from raft_types import (
 from tests.raft_servers import (
     CONFIG,
     acknowledge,
+    answer,
+    append,
     appends,
     elect,
     flush,
@@ -575,6 +580,44 @@ def test_leader_that_removes_itself_still_needs_the_others_answers_to_lead() -> 
     tick(core, CONFIG.election_ticks_min)
 
     assert core.role is not Role.LEADER
+
+
+@pytest.mark.parametrize(
+    ("own", "others", "left"),
+    [
+        (Room.PLENTY, (Room.PLENTY, Room.NONE), Room.PLENTY),
+        (Room.PLENTY, (Room.SHORT, Room.SHORT), Room.SHORT),
+        (Room.PLENTY, (Room.NONE, Room.SHORT), Room.SHORT),
+        (Room.PLENTY, (Room.NONE, Room.NONE), Room.NONE),
+        (Room.SHORT, (Room.PLENTY, Room.PLENTY), Room.SHORT),
+        (Room.NONE, (Room.PLENTY, Room.PLENTY), Room.NONE),
+    ],
+)
+def test_leader_counts_on_the_room_that_a_majority_of_the_disks_has(
+    own: Room, others: tuple[Room, Room], left: Room
+) -> None:
+    """And on its own. Followers tell with each answer, so that none runs into its disk's end.
+
+    Source: raft-traps T69.
+    """
+    core = lead()
+    core.room = own
+
+    for follower, room in zip("bc", others, strict=True):
+        core.step(AppendReply(follower, "a", core.term, True, 1, core.round, room=room))
+
+    assert core.cluster_room is left
+
+
+def test_follower_tells_with_each_answer_what_room_its_disk_has() -> None:
+    """Refusals tell it too."""
+    core = server()
+    core.room = Room.SHORT
+
+    agreed = answer(core, append(1, heartbeat=1))
+    refused = answer(core, append(1, after=(9, 1)))
+
+    assert (agreed.room, refused.room) == (Room.SHORT, Room.SHORT)
 
 
 def test_read_that_waits_for_a_member_that_is_removed_goes_on() -> None:

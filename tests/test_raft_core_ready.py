@@ -10,10 +10,11 @@ import random
 import pytest
 
 import raft_progress
-from raft_core import EntriesOnDisk, RaftCore, TooMuchUncommittedError
+from raft_core import RaftCore, TooMuchUncommittedError
 from raft_log import RaftLog, entry_bytes
 from raft_types import (
     AppendReply,
+    EntriesOnDisk,
     Entry,
     EntryKind,
     HardState,

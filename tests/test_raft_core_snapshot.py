@@ -10,11 +10,12 @@ from collections.abc import Sequence
 
 import pytest
 
-from raft_core import EntriesOnDisk, RaftCore, SnapshotDue
+from raft_core import RaftCore
 from raft_progress import ProgressState
 from raft_types import (
     AppendEntries,
     AppendReply,
+    EntriesOnDisk,
     Entry,
     EntryKind,
     HardState,
@@ -22,6 +23,7 @@ from raft_types import (
     Role,
     Snapshot,
     SnapshotChunk,
+    SnapshotDue,
     SnapshotOutcome,
     SnapshotReply,
     VoteReply,

@@ -32,6 +32,7 @@ from raft_types import (
     HashReport,
     Membership,
     Message,
+    Room,
     SnapshotChunk,
     SnapshotOutcome,
     SnapshotReply,
@@ -81,7 +82,7 @@ def appends(draw: st.DrawFn) -> AppendEntries:
 
 messages = st.one_of(
     appends(),
-    st.builds(AppendReply, *ids, term, st.booleans(), *[u64] * 5),
+    st.builds(AppendReply, *ids, term, st.booleans(), *[u64] * 5, st.sampled_from(Room)),
     st.builds(VoteRequest, *ids, term, u64, u64, st.booleans()),
     st.builds(VoteReply, *ids, term, st.booleans(), st.booleans()),
     st.builds(HashReport, *ids, term, u64, u64, st.booleans()),
@@ -254,13 +255,13 @@ def test_decoder_fed_a_bad_frame_gives_what_came_before_it_and_nothing_after() -
         next(frames.take())
 
 
-def test_encode_message_keeps_the_bytes_of_format_version_2() -> None:
+def test_encode_message_keeps_the_bytes_of_format_version_3() -> None:
     """Nodes of two releases talk to each other: another layout needs another version number."""
-    reply = AppendReply(A, B, 1, True, 2, 3, 4, 5, 6)
+    reply = AppendReply(A, B, 1, True, 2, 3, 4, 5, 6, Room.SHORT)
 
     numbers = "".join(f"{n:016x}" for n in range(2, 7))
     assert encode_message(CLUSTER, reply).hex() == (
-        f"0000004f0204{CLUSTER}{A}{B}000000000000000101{numbers}3a155971"
+        f"000000500304{CLUSTER}{A}{B}000000000000000101{numbers}01354183ad"
     )
 
 

@@ -3,36 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 import pytest
 
-import raft_node
-import raft_snapshots
 from kv_errors import (
     BadRequestError,
     BusyError,
     KVError,
     NoPrimaryError,
-    NoSpaceError,
     NotPrimaryError,
     OutcomeUnknownError,
 )
 from kv_members import change_members
 from raft_core import TooMuchUncommittedError, TransferUnderWayError
 from raft_frames import FrameError
-from raft_log import RaftLog
 from raft_status import NodeConfig, NodeRole, Pending
-from raft_types import AppendReply, Entry, HardState, Member
-from tests.trio import PATIENCE_S, QUICK, Server, Trio, command, eventually
+from raft_types import AppendReply, Entry, Member
+from tests.trio import PATIENCE_S, QUICK, Server, Trio, command, eventually, in_thread
 
 pytestmark = pytest.mark.slow
 
@@ -42,47 +37,6 @@ T = TypeVar("T")
 NEVER = NodeConfig(2.0, 60.0, 90.0)
 # How much later than its due time a busy machine may do something.
 SLACK_S = 1.0
-
-
-@pytest.fixture
-def make_trio(tmp_path: Path) -> Iterator[Callable[..., Trio]]:
-    """Makes nodes that are stopped in the end, and whose threads must not have died."""
-    made: list[Trio] = []
-
-    def make(config: NodeConfig = QUICK, count: int = 3) -> Trio:
-        made.append(Trio(tmp_path, config, count))
-        return made[-1].start()
-
-    yield make
-
-    for trio in made:
-        trio.stop()
-        for server in trio.servers:
-            assert not server.fatal, server.fatal
-
-
-@pytest.fixture(scope="module")
-def shared_trio(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trio]:
-    """For tests that leave the cluster as they found it."""
-    trio = Trio(tmp_path_factory.mktemp("trio"), QUICK).start()
-    yield trio
-    trio.stop()
-    for server in trio.servers:
-        assert not server.fatal, server.fatal
-
-
-def in_thread(call: Callable[[], T]) -> Future[T]:
-    """Call it on a thread of its own."""
-    with_result: Future[T] = Future()
-
-    def run() -> None:
-        try:
-            with_result.set_result(call())
-        except KVError as error:
-            with_result.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return with_result
 
 
 # ---- Writes and reads --------------------------------------------------------------------------
@@ -386,6 +340,7 @@ def test_client_thread_that_meets_a_bug_of_the_node_takes_the_process_with_it(
     trio.stop()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 @pytest.mark.parametrize("during", ["apply", "append", "upkeep"])
 def test_thread_that_dies_then_takes_the_process_with_it(tmp_path: Path, during: str) -> None:
     """Rule 3: better no node than one that lacks a thread (raft-traps T24), or a disk (T17)."""
@@ -525,12 +480,20 @@ def test_audit_when_a_secondarys_state_differs_then_it_stops_serving_and_says_so
         leader.set("k", "right")
         eventually(lambda: wrong.status.trouble, "the difference is found")
 
-    assert "differs from the majority's" in wrong.status.trouble
-    assert "differs from the majority's" in caplog.text
-    with pytest.raises(NoPrimaryError, match="restart it"):
+    told = f"the state of {wrong.member.node_id} differs from the majority's"
+    assert "this node's state differs from the majority's" in wrong.status.trouble
+    eventually(lambda: leader.status.trouble == told, "the primary names it")
+    with pytest.raises(NoPrimaryError, match="let it come back empty"):
         wrong.node.propose([command("SET", "k", "v")])
+    with pytest.raises(OSError, match="let it come back empty"):
+        wrong.node.open_backup()
+    assert wrong.node.suspicion
     assert leader.get("k") == b"right"
-    assert not leader.status.trouble
+    # Each says what it has found, once, however often they compare.
+    audits = leader.node._next_audit_s
+    eventually(lambda: leader.node._next_audit_s > audits + 1.0, "they compare again and again")
+    assert caplog.text.count(told) == 1
+    assert caplog.text.count("this node's state differs") == 1
 
 
 def test_audit_when_the_primarys_state_differs_then_another_leads(
@@ -844,82 +807,3 @@ def test_link_when_its_member_was_removed_then_ends(make_trio: Callable[..., Tri
 
     eventually(lambda: not links(), "nobody dials it any more")
     leader.set("k", "v")
-
-
-# ---- Disk --------------------------------------------------------------------------------------
-
-
-def test_disk_when_full_then_writes_are_refused_and_reads_go_on(
-    shared_trio: Trio, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A definite refusal before it is quite full, so that what was accepted still fits (T18)."""
-    leader = shared_trio.leader()
-    leader.set("k", "before")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(leader.disk, "bytes_free", lambda: raft_node.DISK_FLOOR_BYTES - 1)
-        eventually(lambda: _refuses_for_space(leader), "it notices")
-        assert leader.get("k") == b"before"
-        assert "disk" in leader.status.trouble
-
-    eventually(lambda: not _refuses_for_space(leader), "there is room again")
-    assert not leader.status.trouble
-
-
-def test_disk_when_the_primarys_hangs_then_another_leads(
-    make_trio: Callable[..., Trio], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Though its heartbeats still flow; when its disk answers again it follows (raft-traps T23)."""
-    trio = make_trio()
-    old = trio.leader()
-    answers, append = threading.Event(), old.disk.append
-
-    def hang(hard_state: HardState | None, entries: Sequence[Entry]) -> None:
-        answers.wait()
-        append(hard_state, entries)
-
-    monkeypatch.setattr(old.disk, "append", hang)
-    writer = threading.Thread(target=lambda: _refuses_for_space(old), daemon=True)
-    writer.start()
-
-    new = trio.leader(among=trio.others(old))
-    assert "hangs" in old.status.trouble
-    index = new.set("k", "after")
-
-    answers.set()
-    writer.join(PATIENCE_S)
-    trio.await_applied(index)
-    eventually(lambda: not old.status.trouble, "it notices that the disk answers again")
-    assert old.status.role is NodeRole.SECONDARY
-
-
-def _refuses_for_space(server: Server) -> bool:
-    try:
-        server.set("k", "before")
-    except NoSpaceError:
-        return True
-    except OutcomeUnknownError:
-        pass
-    return False
-
-
-def test_follower_when_far_behind_the_leaders_memory_then_it_catches_up_from_disk(
-    make_trio: Callable[..., Trio], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The window of recent entries is bounded; the log on disk is not."""
-    monkeypatch.setattr(
-        raft_snapshots, "RaftLog", functools.partial(RaftLog, window_bytes_max=4096)
-    )
-    trio = make_trio()
-    leader = trio.leader()
-    late = trio.others(leader)[0]
-    late.stop()
-    for start in range(0, 2000, 100):
-        keys = [f"k{i}" for i in range(start, start + 100)]
-        done = leader.node.propose([command("SET", key, "x" * 100) for key in keys])
-
-    late.start()
-
-    trio.await_applied(done.last)
-    assert late.holds("k0") == late.holds("k1999") == b"x" * 100
-    assert late.status.state_hash == leader.status.state_hash

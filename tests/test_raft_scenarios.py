@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 
 import raft_progress
-from raft_core import EntriesOnDisk, NotLeaderError, RaftCore, SnapshotDue
+from raft_core import NotLeaderError, RaftCore
 from raft_types import (
+    EntriesOnDisk,
     Entry,
     HardState,
     Membership,
@@ -31,6 +32,7 @@ from raft_types import (
     Role,
     Snapshot,
     SnapshotChunk,
+    SnapshotDue,
     SnapshotOutcome,
     SnapshotReply,
 )

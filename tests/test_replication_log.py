@@ -12,6 +12,7 @@ import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ import replication_log
 import replication_log_format
 from raft_types import ENTRY_OVERHEAD_BYTES, Entry, EntryKind, HardState, Member, Membership
 from replication_log import Disk, Recovered, ReplicationLog
-from replication_log_format import CorruptLogError, DataDirLockedError
+from replication_log_format import CorruptLogError, DataDirLockedError, DiskRefusesError
 from tests.log_files import (
     IDENTITY,
     VOTE,
@@ -559,8 +560,10 @@ def test_open_when_a_log_is_there_then_its_end_is_written_again_and_synced(tmp_p
     assert [path.read_bytes() for path in segments(tmp_path)] == contents
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fdatasync"])
-@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize(
+    ("call", "code"),
+    [("pwrite", errno.EIO), ("fdatasync", errno.EIO), ("fdatasync", errno.ENOSPC)],
+)
 def test_append_when_the_disk_fails_then_every_further_append_is_refused(
     tmp_path: Path, call: str, code: int
 ) -> None:
@@ -585,6 +588,58 @@ def test_append_when_the_disk_fails_then_every_further_append_is_refused(
             log.read(3, 3, 1000)
 
     assert recover(tmp_path).tail[:2] == tuple(entries(1, 2))
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EROFS])
+@pytest.mark.parametrize("left_bytes", [0, 30])
+@pytest.mark.parametrize("segment_bytes_max", [100, 1 << 20])
+def test_append_when_the_disk_has_no_room_then_the_same_may_be_appended_again(
+    tmp_path: Path, code: int, left_bytes: int, segment_bytes_max: int
+) -> None:
+    """Nothing was synced, so nothing is in doubt; what was left of it is written over."""
+    watched = WatchedDisk()
+    with open_log(
+        tmp_path, fsync=True, disk=watched.disk(), segment_bytes_max=segment_bytes_max
+    ) as log:
+        log.append(VOTE, [entry(1)])
+        for _ in range(2):
+            watched.room_bytes, watched.no_room = left_bytes, OSError(code, "no room")
+            with pytest.raises(DiskRefusesError, match="no room"):
+                log.append(HardState(5, "n2"), [entry(2, 5), entry(3, 5)])
+            assert log.read(1, 1, 1000) == [entry(1)]
+        watched.room_bytes = sys.maxsize
+
+        log.append(HardState(5, "n2"), [entry(2, 5), entry(3, 5)])
+
+        assert log.read(1, 3, 1000) == [entry(1), entry(2, 5), entry(3, 5)]
+    with open_log(tmp_path) as log:
+        assert log.recovered.tail == (entry(1), entry(2, 5), entry(3, 5))
+        assert log.hard_state == HardState(5, "n2")
+
+
+def test_append_when_the_call_that_writes_and_syncs_fails_then_both_are_done_anew(
+    tmp_path: Path,
+) -> None:
+    """It does not tell which of the two has failed; a sync that fails must not be believed later."""
+    watched = WatchedDisk()
+    calls: list[str] = []
+
+    def pwrite_durably(fd: int, data: bytes, offset: int) -> int:
+        calls.append("both")
+        raise OSError(errno.ENOSPC, "no room, or no sync")
+
+    disk = replace(watched.disk(), pwrite_durably=pwrite_durably)
+    with open_log(tmp_path, fsync=True, disk=disk) as log:
+        log.append(VOTE, [entry(1)])
+        assert (calls, watched.take()[-2:]) == (
+            ["both"],
+            [("pwrite", segments(tmp_path)[0].name), ("fdatasync", segments(tmp_path)[0].name)],
+        )
+        watched.fail["fdatasync"] = OSError(errno.ENOSPC, "no sync")
+        with pytest.raises(OSError, match="no sync"):
+            log.append(None, [entry(2)])
+        with pytest.raises(OSError, match="earlier write"):
+            log.append(None, [entry(2)])
 
 
 @pytest.mark.parametrize("failing_sync", ["fdatasync", "fsync"])

@@ -38,14 +38,13 @@ LAYERS = {
         "kv_client",
         "raft_audit",
         "raft_core",
-        "raft_lease",
         "raft_members",
         "raft_progress",
         "raft_transport",
         "replication_log",
         "state_db",
     ),
-    4: ("cluster_nodes", "raft_node", "raft_snapshots", "raft_status"),
+    4: ("cluster_nodes", "raft_node", "raft_snapshots", "raft_status", "raft_watch"),
     5: ("kv_members", "kv_session", "kv_store_server", "cluster_manager", "example_client"),
     6: ("test_replication",),
 }
@@ -54,9 +53,9 @@ LAYER_OF = {name: layer for layer, names in LAYERS.items() for name in names}
 SAME_LAYER_ALLOWED = {
     ("kv_types", "kv_errors"),  # an error is a reply
     ("state_db", "kv_store"),  # what is on disk is believed only as a store with the right hash
-    ("raft_lease", "raft_core"),
     ("raft_node", "raft_snapshots"),  # the driver's parts, carved out of it for its size
     ("raft_node", "raft_status"),
+    ("raft_node", "raft_watch"),
     ("raft_snapshots", "raft_status"),
     ("kv_store_server", "kv_members"),
     ("kv_session", "kv_members"),  # commands about the cluster, likewise
@@ -78,7 +77,6 @@ SERVER_MODULES = {
     "raft_audit",
     "raft_core",
     "raft_frames",
-    "raft_lease",
     "raft_log",
     "raft_members",
     "raft_node",
@@ -86,6 +84,7 @@ SERVER_MODULES = {
     "raft_snapshots",
     "raft_status",
     "raft_transport",
+    "raft_watch",
     "replication_log",
     "replication_log_format",
     "state_db",

@@ -89,17 +89,18 @@ def test_read_that_was_given_up_is_not_done_when_it_is_confirmed_after_all() -> 
     waiting = waiting_for(reads=(first, second, third))
     assert waiting.confirmed(7, [first], applied_index=5) == []
 
-    assert waiting.fail_all(UNKNOWN, NO_PRIMARY) == [first, second, third]
+    assert waiting.fail(0, UNKNOWN, NO_PRIMARY) == [first, second, third]
     assert waiting.applied(entries(6, 7), [b"", b""]) == []
     assert waiting.confirmed(7, [second, third], applied_index=7) == []
 
 
-def test_all_when_they_fail_then_each_has_the_error_of_its_kind() -> None:
-    """The leadership is lost: a write may be in the log, a read is not."""
-    pending, reader = write(1, 1), read()
-    waiting = waiting_for(writes=(pending,), reads=(reader,))
+def test_who_waits_when_the_leadership_is_lost_is_given_up_unless_it_is_committed() -> None:
+    """A write may be in the log, a read is not; what is committed will be applied all the same."""
+    committed, partly, pending, reader = write(1, 2), write(3, 4), write(5, 5), read()
+    waiting = waiting_for(writes=(committed, partly, pending), reads=(reader,))
 
-    assert waiting.fail_all(UNKNOWN, NO_PRIMARY) == [pending, reader]
+    assert waiting.fail(3, UNKNOWN, NO_PRIMARY) == [partly, pending, reader]
+    assert waiting.fail(3, UNKNOWN, NO_PRIMARY) == []
+    assert waiting.applied(entries(1, 2), [b"a", b"b"]) == [committed]
 
-    assert errors([pending, reader]) == [UNKNOWN, NO_PRIMARY]
-    assert waiting.fail_all(UNKNOWN, NO_PRIMARY) == []
+    assert errors([committed, partly, pending, reader]) == [None, UNKNOWN, UNKNOWN, NO_PRIMARY]

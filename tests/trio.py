@@ -7,8 +7,10 @@ swallows its messages (its links stay up and silent, which is none).
 from __future__ import annotations
 
 import functools
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
@@ -50,6 +52,20 @@ def eventually(condition: Callable[[], T | None], what: str, within_s: float = P
         assert time.monotonic() < deadline, f"not within {within_s:g} s: {what}"
         time.sleep(0.005)
     return value
+
+
+def in_thread(call: Callable[[], T]) -> Future[T]:
+    """Call it on a thread of its own."""
+    with_result: Future[T] = Future()
+
+    def run() -> None:
+        try:
+            with_result.set_result(call())
+        except KVError as error:
+            with_result.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return with_result
 
 
 def command(*argv: str, now_ms: int = 1) -> bytes:
