@@ -619,10 +619,19 @@ class Processes:
         return process
 
     def exit_status(self, node: Node) -> int | None:
-        """How the node's process ended; None if it was started by another manager."""
-        child = self._children.get(node.node_id)
-        status: int | None = child.poll() if child else None
-        return status
+        """How the node's process ended; None if nobody knows.
+
+        Of one that another manager has started it is known only if it left word, as it does when to
+        start it again is of no use.
+        """
+        if child := self._children.get(node.node_id):
+            status: int | None = child.poll()
+            return status
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            pid, word = (node.directory / "exit-status").read_text().split()
+            if int(pid) == json.loads(node.pid_file.read_bytes())["pid"]:
+                return int(word)
+        return None
 
     def log_end(self, node: Node) -> str:
         """The last lines that this start of the node has left in its log, as a sentence's end."""

@@ -19,7 +19,7 @@ from kv_store import KeyValueStore
 from kv_types import Reply
 from raft_node import RaftNode
 from raft_status import MemberStatus, NodeStatus
-from raft_types import Member, MemberId, Membership
+from raft_types import Member, MemberId, Membership, new_id
 from state_db import StateDbError
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,9 @@ def _status_of(
         "node_id": status.identity.node_id,
         "member_id": status.identity.member_id,
         "cluster_id": status.identity.cluster_id,
+        "host": settings.advertise_host,
+        "port": settings.port,
+        "peer_port": settings.peer_port,
         "role": status.role,
         "term": status.term,
         "primary": None if primary is None else address_fields(primary),
@@ -124,39 +127,71 @@ def change_members(node: RaftNode, argv: Argv) -> Reply:
     if subcommand == b"REMOVE" and len(argv) == 3:
         _remove(node, _text(argv[2]))
         return json.dumps({"removed": _text(argv[2])}).encode()
-    if subcommand in (b"JOIN", b"ADD") and len(argv) in (7, 8):
-        _add(node, _newcomer(argv))
-        identity = node.identity
-        return json.dumps({"cluster_id": identity.cluster_id, "node_id": identity.node_id}).encode()
+    stays_learner = argv[-1].upper() == b"LEARNER"
+    words = list(map(_text, argv[2:-1] if stays_learner else argv[2:]))
+    if subcommand == b"ADD" and len(words) == 4:
+        _announce(node, _newcomer(words[0], new_id(), *words[1:], stays_learner=stays_learner))
+        return _identity_of(node)
+    if subcommand == b"JOIN" and len(words) == 6:
+        _admit(node, _newcomer(*words[:5], stays_learner=stays_learner), words[5])
+        return _identity_of(node)
     raise BadRequestError(
-        "say MEMBER LIST, MEMBER REMOVE node-id, or "
-        "MEMBER ADD node-id member-id host port peer-port [LEARNER]"
+        "say MEMBER LIST, MEMBER REMOVE node-id, or MEMBER ADD node-id host port peer-port [LEARNER]"
     )
 
 
-def _add(node: RaftNode, newcomer: Member) -> None:
-    """Add a learner, which gets its vote by itself once it has caught up; idempotent.
+def _identity_of(node: RaftNode) -> bytes:
+    identity = node.identity
+    return json.dumps({"cluster_id": identity.cluster_id, "node_id": identity.node_id}).encode()
 
-    A known member's new address is taken over. A new member under an old name takes the place of
-    one that has lost its directory: that one is removed first, so that its vote never counts again
-    (raft-traps T12). Two that live under one name are not possible.
+
+def _announce(node: RaftNode, newcomer: Member) -> None:
+    """Add a learner that is yet to be started, and will then take the place of this one."""
+    members = node.settled_membership()
+    known = _named(members, newcomer.node_id)
+    if known is not None and newcomer[2:5] == known[2:5]:  # host and ports
+        return
+    _add(node, members, newcomer)
+
+
+def _admit(node: RaftNode, newcomer: Member, boot_id: str) -> None:
+    """Add a learner that asks for it, which gets its vote by itself once it has caught up; idempotent.
+
+    A known member's new address is taken over, unless another process is that member, too: of a
+    data directory that was copied. A new member under an old name takes the place of one that has
+    lost its directory: that one is removed first, so that its vote never counts again (raft-traps
+    T12). Two that live under one name are not possible.
     """
     members = node.settled_membership()
     known = members.get(newcomer.member_id)
     if known is not None:
+        if node.is_alive(known.member_id, but_for=boot_id):
+            raise BadRequestError(
+                f"{known.node_id} runs already, at {known.host}:{known.port}, as the same member: "
+                "never start a copied data directory"
+            )
         moved = newcomer._replace(voter=known.voter, stays_learner=known.stays_learner)
         if moved != known:
-            node.change_members(members, lambda core: core.change_member(moved))
+            move(node, moved)
         return
     former = _named(members, newcomer.node_id)
     if former is not None and not node.is_alive(former.member_id):
         log.warning("node=%s comes back as a new member: the old one goes", former.node_id)
         node.change_members(members, lambda core: core.remove_member(former.member_id))
         members = node.settled_membership()
+    _add(node, members, newcomer)
+
+
+def _add(node: RaftNode, members: Membership, newcomer: Member) -> None:
     objection = members.objection_to(newcomer)
     if objection:
         raise BadRequestError(objection)
     node.change_members(members, lambda core: core.add_learner(newcomer))
+
+
+def move(node: RaftNode, moved: Member) -> None:
+    """Have a member, of the same id, known at another address. Raises KVError."""
+    node.change_members(node.settled_membership(), lambda core: core.change_member(moved))
 
 
 def _remove(node: RaftNode, node_id: str) -> None:
@@ -174,10 +209,9 @@ def _named(membership: Membership, node_id: str) -> Member | None:
     return next((m for m in membership.members if m.node_id == node_id), None)
 
 
-def _newcomer(argv: Argv) -> Member:
-    node_id, member_id, host, port, peer_port = map(_text, argv[2:7])
-    if len(argv) == 8 and argv[7].upper() != b"LEARNER":
-        raise BadRequestError("after the ports only LEARNER may follow")
+def _newcomer(
+    node_id: str, member_id: str, host: str, port: str, peer_port: str, *, stays_learner: bool
+) -> Member:
     return Member(
         _checked_member_id(member_id),
         _parsed(parse_node_id, node_id),
@@ -185,7 +219,7 @@ def _newcomer(argv: Argv) -> Member:
         _parsed(parse_port, port),
         _parsed(parse_port, peer_port),
         voter=False,
-        stays_learner=len(argv) == 8,
+        stays_learner=stays_learner,
     )
 
 

@@ -42,6 +42,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import kv_commands
+import kv_members
 from kv_config import (
     EXIT_CONFIG,
     EXIT_REMOVED,
@@ -51,7 +52,6 @@ from kv_config import (
     parse_settings,
 )
 from kv_errors import KVError
-from kv_members import VERSION, memory_trouble
 from kv_session import Batch, Service, Session
 from kv_store import KeyValueStore, purge_request
 from raft_node import RaftNode
@@ -432,7 +432,9 @@ def open_identity(disk: ReplicationLog, node_id: str) -> Identity:
     return identity
 
 
-def enter_cluster(disk: ReplicationLog, state: StateDb, me: Member, settings: Settings) -> Identity:
+def enter_cluster(
+    disk: ReplicationLog, state: StateDb, me: Member, settings: Settings, boot_id: str
+) -> Identity:
     """Found a cluster or join one, on the first start; returns the identity, now complete.
 
     The cluster id is saved last. So a log with entries but no cluster id is a founding that was
@@ -446,7 +448,7 @@ def enter_cluster(disk: ReplicationLog, state: StateDb, me: Member, settings: Se
     elif disk.first_index > 1 or state.saved_index() > 0:
         raise StartError("restoring a backup was interrupted here: give --restore-from once more")
     elif disk.last_index == 0:
-        cluster_id = join_cluster(me, settings)
+        cluster_id = join_cluster(me, settings, boot_id)
         if not cluster_id:
             found_cluster(disk, me._replace(voter=True))
             cluster_id = new_id()
@@ -468,7 +470,7 @@ def forget(directory: Path) -> None:
         shutil.rmtree(directory)
 
 
-def join_cluster(me: Member, settings: Settings) -> str:
+def join_cluster(me: Member, settings: Settings, boot_id: str) -> str:
     """The id of the cluster that has taken us as a member; "": there is none, found one.
 
     Waits until one is reached, unless ``--primary`` says to found one where there is none.
@@ -478,7 +480,7 @@ def join_cluster(me: Member, settings: Settings) -> str:
     while True:
         reached = False
         for address in settings.join:
-            answer = _ask_to_join(address, me)
+            answer = _ask_to_join(address, me, boot_id)
             if answer is None:
                 continue
             reached = True
@@ -508,17 +510,19 @@ def _say_once(said: str, text: str) -> str:
     return text
 
 
-def _ask_to_join(address: Address, me: Member, *, redirects: int = 3) -> dict[str, object] | None:
+def _ask_to_join(
+    address: Address, me: Member, boot_id: str, *, redirects: int = 3
+) -> dict[str, object] | None:
     """What a node answers to MEMBER JOIN, following it to the primary; None: no node is there."""
     learner = " LEARNER" if me.stays_learner else ""
-    line = f"MEMBER JOIN {me.node_id} {me.member_id} {me.host} {me.port} {me.peer_port}{learner}"
-    answer = _ask(address, line)
+    who = f"{me.node_id} {me.member_id} {me.host} {me.port} {me.peer_port} {boot_id}"
+    answer = _ask(address, f"MEMBER JOIN {who}{learner}")
     if answer is None:
         return None
     primary = answer.get("primary")
     if answer.get("code") == "NOT_PRIMARY" and isinstance(primary, dict) and redirects:
         next_address = (str(primary["host"]), int(primary["port"]))
-        return _ask_to_join(next_address, me, redirects=redirects - 1) or answer
+        return _ask_to_join(next_address, me, boot_id, redirects=redirects - 1) or answer
     return answer
 
 
@@ -569,7 +573,7 @@ class Server:
                 voter=False,
                 stays_learner=settings.learner,
             )
-            identity = enter_cluster(self._disk, self._state, me, settings)
+            identity = enter_cluster(self._disk, self._state, me, settings, self._boot_id)
             self._reopen_disk()
         header, self.store = self._state.load()
         snapshot = snapshot_of(header)
@@ -635,9 +639,10 @@ class Server:
     def _watch(self) -> None:
         """Thread node-watch: what nobody is told of, and so has to be looked for."""
         try:
-            lonely_since_s = time.monotonic()
+            heard_s = time.monotonic()
+            unremoved_s = heard_s
             said = ""
-            while True:
+            while not self._exit_status:
                 time.sleep(WATCH_INTERVAL_S)
                 said = self._watch_memory(said)
                 me = self.node.membership.get(self.node.identity.member_id)
@@ -645,20 +650,22 @@ class Server:
                     self._tell_new_address(me)
                 # Who was removed, and starts from a state of later, hears a primary now and then.
                 if self.node.has_primary and me is not None:
-                    lonely_since_s = time.monotonic()
-                lonely_s = time.monotonic() - lonely_since_s
-                is_long = lonely_s > 2 * self.settings.election_timeout_max_s
-                if self.node.is_removed or (is_long and self._others_removed_me()):
+                    heard_s = unremoved_s = time.monotonic()
+                timeout_s = self.settings.election_timeout_max_s
+                if time.monotonic() - heard_s > timeout_s:
+                    self._look_for_others()
+                if time.monotonic() - heard_s < 2 * timeout_s or not self._is_said_to_be_removed():
+                    unremoved_s = time.monotonic()
+                # Who says so may be about to lose the leadership, and with it what it says.
+                if self.node.is_removed or time.monotonic() - unremoved_s > timeout_s:
                     log.error("this node was removed from the cluster: it ends")
-                    self._exit_status = EXIT_REMOVED
-                    os.kill(os.getpid(), signal.SIGTERM)  # which main waits for
-                    return
+                    self._end(EXIT_REMOVED)
         except BaseException as error:
             self._die(error)
             raise
 
     def _watch_memory(self, said: str) -> str:
-        trouble = memory_trouble(self.store, self.settings.memory_bytes_max)
+        trouble = kv_members.memory_trouble(self.store, self.settings.memory_bytes_max)
         if bool(trouble) != bool(said):
             log.warning("%s", trouble or "the data takes less than 80 % of --max-memory again")
         return trouble
@@ -673,16 +680,38 @@ class Server:
         )
 
     def _tell_new_address(self, me: Member) -> None:
+        """Have the cluster know where this node is now; tried again until it does."""
         here = self.settings
         moved = me._replace(host=here.advertise_host, port=here.port, peer_port=here.peer_port)
+        if self.node.is_primary:  # whom the others would only send back to itself, as it was
+            with contextlib.suppress(KVError):
+                kv_members.move(self.node, moved)
+            return
         for member in self.node.membership.members:
             if member.member_id != me.member_id:
-                answer = _ask_to_join((member.host, member.port), moved)
-                if answer is not None and answer.get("status") == "OK":
+                answer = _ask_to_join((member.host, member.port), moved, self._boot_id) or {}
+                if answer.get("status") == "OK":
                     log.info("the cluster knows the new address of this node")
                     return
+                if answer.get("code") == "BAD_REQUEST":
+                    log.error("this node ends: %s", answer.get("message"))
+                    self._end(EXIT_CONFIG)
+                    return
 
-    def _others_removed_me(self) -> bool:
+    def _look_for_others(self) -> None:
+        """All may have moved: then no address that the log knows is right, but --join may be."""
+        identity = self.node.identity
+        for address in self.settings.join:
+            answer = _ask(address, "STATUS") or {}
+            known = self.node.membership.get(str(answer.get("member_id")))
+            if known is None or known.member_id == identity.member_id:
+                continue
+            if answer.get("cluster_id") == identity.cluster_id:
+                port, peer_port = int(str(answer["port"])), int(str(answer["peer_port"]))
+                host = str(answer["host"])
+                self.node.meet(known._replace(host=host, port=port, peer_port=peer_port))
+
+    def _is_said_to_be_removed(self) -> bool:
         """Whether a primary says so: who was down when it was removed never hears of it by Raft."""
         identity = self.node.identity
         for member in self.node.membership.members:
@@ -698,6 +727,10 @@ class Server:
             ):
                 return all(m["member_id"] != identity.member_id for m in members)
         return False
+
+    def _end(self, exit_status: int) -> None:
+        self._exit_status = exit_status
+        os.kill(os.getpid(), signal.SIGTERM)  # which main waits for
 
     def _die(self, error: BaseException) -> None:
         """A thread has died. Nothing that this process says can be trusted now: end it at once."""
@@ -806,7 +839,7 @@ def main(argv: Sequence[str] | None = None, environ: dict[str, str] | None = Non
         sys.stderr.write(f"kv_store_server.py: {error}\n")
         return 2
     _configure_logging(settings)
-    log.info("starting version=%s python=%s", VERSION, sys.version.split()[0])
+    log.info("starting version=%s python=%s", kv_members.VERSION, sys.version.split()[0])
     _warn_of_choices(settings)
     settings = _fit_clients(settings)
     threading.current_thread().name = "main"
@@ -815,6 +848,15 @@ def main(argv: Sequence[str] | None = None, environ: dict[str, str] | None = Non
     # Blocked in every thread, for main to take by itself: a handler would run only when main wakes,
     # and a signal that the kernel gives to another thread does not wake it.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    exit_status = _run(settings)
+    if exit_status in (EXIT_CONFIG, EXIT_REMOVED):
+        # For who watches this process and has not started it: only a parent is told.
+        with contextlib.suppress(OSError):
+            (settings.data_dir / "exit-status").write_text(f"{os.getpid()} {exit_status}\n")
+    return exit_status
+
+
+def _run(settings: Settings) -> int:
     try:
         server = Server(settings)
     except CANT_START as error:

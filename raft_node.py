@@ -152,8 +152,6 @@ class RaftNode:
         self._applying = False  # one thread at a time, in the log's order
         self._waiting = Waiting()
         self._links = PeerLinks(self._make_link)
-        self._connected: set[MemberId] = set()  # peers with a live connection to us
-        self._dead: set[MemberId] = set()  # peers whose port refuses, or is another process's
         self._seen = (Role.FOLLOWER, self._core.term, self._core.leader_id)
         self._seen_membership = Membership()
         self._disk_watch = DiskWatch(disk)
@@ -341,12 +339,18 @@ class RaftNode:
         """Who belongs to the cluster, as far as this node knows."""
         return self._core.membership
 
-    def is_alive(self, member_id: MemberId) -> bool:
-        """Whether a connection says that this member's process runs."""
+    def is_alive(self, member_id: MemberId, *, but_for: str = "") -> bool:
+        """Whether this member's process is known to run, unless it is the one that booted as that."""
+        if member_id == self.identity.member_id:
+            return self._boot_id != but_for
         with self._lock:
-            link = self._links.get(member_id)
-            is_up = link is not None and link.is_up
-        return is_up or member_id in self._connected or member_id == self.identity.member_id
+            return self._links.is_alive(member_id, but_for=but_for)
+
+    def meet(self, peer: Member) -> None:
+        """Dial this member there, where it was found, whatever the log says of its address."""
+        with self._lock:
+            effect = self._links.to(peer)
+        effect()
 
     def settled_membership(self) -> Membership:
         """Who belongs to the cluster, by a change that can't be taken back any more.
@@ -393,7 +397,7 @@ class RaftNode:
         with self._own_bugs, self._lock:
             if self._core.role is not Role.LEADER:
                 raise self._not_primary_locked()
-            if self._dead.issuperset(self._others_locked()):
+            if self._links.dead.issuperset(self._others_locked()):
                 raise BusyError("no other voter lives")
             try:
                 self._core.transfer_to(target)
@@ -408,7 +412,7 @@ class RaftNode:
                 if primary is not None and primary.member_id != self.identity.member_id:
                     return primary
                 heir = self._core.transfer_target
-                if self._core.role is Role.LEADER and (heir is None or heir in self._dead):
+                if self._core.role is Role.LEADER and (heir is None or heir in self._links.dead):
                     break
                 self._primary_changed.wait(TICK_S)
         raise BusyError("the leadership was not taken over in time: this node goes on")
@@ -539,7 +543,7 @@ class RaftNode:
         ]
         news = set(membership.members).difference(former.members)
         effects += [self._links.to(m) for m in news if m.member_id != self.identity.member_id]
-        self._dead.intersection_update(self._links)
+        self._links.dead.intersection_update(self._links)
         return effects
 
     def _make_link(self, member: Member) -> PeerLink:
@@ -585,7 +589,7 @@ class RaftNode:
                 self._commit_due, last_commit = (last_commit if flows else None), commit
                 effects += self._pump_locked() + self._give_up_late_locked(now_s)
                 # A removed member has its link until it has been told, and is gone.
-                needed = {self._core.leader_id, *self._core.progress, *self._connected}
+                needed = {self._core.leader_id, *self._core.progress, *self._links.connected}
                 effects += self._links.end_others(self._core.membership, needed)
                 effects += [partial(log.warning, "%s", text) for text in self._core.take_notices()]
                 if self._core.has_ready:
@@ -829,7 +833,7 @@ class RaftNode:
 
     def _on_link_up(self, member_id: MemberId) -> None:
         with self._lock:
-            self._dead.discard(member_id)
+            self._links.dead.discard(member_id)
             self._core.link_up(member_id)
             effects = self._pump_locked()
         self._settle(effects)
@@ -837,13 +841,12 @@ class RaftNode:
 
     def _on_peer_dead(self, member_id: MemberId) -> None:
         with self._lock:
-            self._dead.add(member_id)
+            self._links.dead.add(member_id)
             effects = self._weigh_death_locked(member_id)
         self._settle(effects)
 
     def _weigh_death_locked(self, member_id: MemberId) -> list[Effect]:
-        """Both must be seen: its connection to us is gone, and its port refuses or is another's."""
-        if member_id not in self._dead or member_id in self._connected:
+        if not self._links.is_gone(member_id):
             return []
         self._core.leader_died(member_id)
         return self._pump_locked()
@@ -922,7 +925,7 @@ class RaftNode:
         """A peer has dialled us (of the listener)."""
         peer = Member(hello.sender, hello.node_id, hello.host, 0, hello.peer_port, voter=False)
         with self._lock:
-            self._connected.add(hello.sender)
+            self._links.connected[hello.sender] = hello.boot_id
             # It need not be in our membership: a new leader, or any at all for a new member. It
             # must get its answers all the same (raft-traps T62).
             effects: list[Effect] = [self._links.to(peer)]
@@ -935,7 +938,7 @@ class RaftNode:
     def on_disconnected(self, member_id: MemberId) -> None:
         """A peer's connection to us is gone (of the listener)."""
         with self._lock:
-            self._connected.discard(member_id)
+            self._links.connected.pop(member_id, None)
             effects = self._weigh_death_locked(member_id)
         self._settle(effects)
 

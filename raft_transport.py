@@ -53,6 +53,7 @@ QUEUE_MESSAGES_MAX: Final = 256
 UNIDENTIFIED_MAX: Final = 64  # connections that have not said their name yet
 SENDERS_MAX: Final = 64  # connections that have: more than any sensible cluster has members
 CONNECT_TIMEOUT_S: Final = 1.0
+KEEPALIVE_IDLE_S: Final = 2
 LATER: Final = b""  # instead of a frame: there is one, but to get it takes waiting
 BACKOFF_S_MIN: Final = 0.05
 BACKOFF_S_MAX: Final = 1.0
@@ -142,6 +143,13 @@ def _configure(sock: socket.socket, silence_s: float) -> None:
     # minutes; the link would stay mute long after the network has healed. Better to dial anew.
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(silence_s * 1000))
+    # A machine that loses its power says nothing. Where nothing is sent either, as by who only
+    # listens, its connection would count for that of a living process for ever.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
 
 
 class _Wakeup:
@@ -554,7 +562,7 @@ class PeerLink:
 
 
 class PeerLinks(dict[MemberId, PeerLink]):
-    """The links by their peers' ids.
+    """The links by their peers' ids, and which peers' processes live.
 
     The caller guards it with a lock; what it returns is to be called without that lock.
     """
@@ -562,6 +570,25 @@ class PeerLinks(dict[MemberId, PeerLink]):
     def __init__(self, make: Callable[[Member], PeerLink]) -> None:
         super().__init__()
         self._make = make
+        self.connected: dict[MemberId, str] = {}  # who has a connection to us: their boot ids
+        self.dead: set[MemberId] = set()  # whose port refuses, or is another process's
+
+    def is_alive(self, member_id: MemberId, *, but_for: str) -> bool:
+        """Whether a connection says that this peer's process runs, one that did not boot as that.
+
+        A connection whose other machine has lost its power may be there yet, when the port has
+        shown already that the process is gone.
+        """
+        if member_id in self.dead:
+            return False
+        boot_id = self.connected.get(member_id)
+        if boot_id is None:
+            return member_id in self and self[member_id].is_up
+        return boot_id != but_for
+
+    def is_gone(self, member_id: MemberId) -> bool:
+        """Whether it has died for certain: its connection to us is gone, and its port showed it."""
+        return member_id in self.dead and member_id not in self.connected
 
     def to(self, peer: Member) -> Callable[[], None]:
         """This peer was heard of, at this address: what makes the link go there now."""
@@ -623,6 +650,7 @@ class _Inbound:
 
     sock: socket.socket
     host: str
+    boot_id: str = ""  # of the process, once it has said its name
     thread: threading.Thread | None = None
 
 
@@ -789,8 +817,14 @@ class PeerListener:
                 f"with {modes[hello.lease_reads]}; start all nodes with the same --read-mode"
             )
         with self._lock:
-            if hello.sender not in self._by_sender and len(self._by_sender) >= SENDERS_MAX:
+            older = self._by_sender.get(hello.sender)
+            if older is None and len(self._by_sender) >= SENDERS_MAX:
                 return f"{me.node_id} has connections from {SENDERS_MAX} members already"
+            if older and older.boot_id != hello.boot_id and not _has_ended(older.sock):
+                return (
+                    f"another process is member {hello.sender}, at {older.host}: two can't be; "
+                    f"never start a copied data directory"
+                )
         return None
 
     def _begin(self, inbound: _Inbound, hello: Hello, handler: PeerHandler) -> None:
@@ -799,6 +833,7 @@ class PeerListener:
             with self._lock:
                 self._unidentified.pop(inbound, None)
                 older = self._by_sender.get(hello.sender)
+                inbound.boot_id = hello.boot_id
                 self._by_sender[hello.sender] = inbound
                 self._logged.pop(hello.sender, None)
                 if older is not None:
@@ -861,6 +896,16 @@ def _cut(sock: socket.socket) -> None:
     """End a connection that another thread reads; that thread closes it."""
     with contextlib.suppress(OSError):
         sock.shutdown(socket.SHUT_RDWR)
+
+
+def _has_ended(sock: socket.socket) -> bool:
+    """Whether the other side has closed it, which its thread may not have seen yet."""
+    try:
+        return not sock.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
 
 
 def _receive_some(sock: socket.socket, space: memoryview) -> int:

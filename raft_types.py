@@ -156,8 +156,7 @@ class Membership:
             if member.node_id == newcomer.node_id:
                 return (
                     f"the name {newcomer.node_id} is taken by member {member.member_id} at "
-                    f"{member.host}:{member.port}; a node that lost its data directory can't come "
-                    "back under its old name"
+                    f"{member.host}:{member.port}; stop that process, or remove it, first"
                 )
             if (member.host, member.port) == (newcomer.host, newcomer.port):
                 return f"the address {member.host}:{member.port} is taken by {member.node_id}"

@@ -474,6 +474,7 @@ def test_status_when_nodes_fail_then_tells_the_majority_by_its_exit_status(clust
     """0 only when a majority is healthy; the JSON has the fields of the design (3)."""
     argv = ("--action", "status", "--data-dir", cluster.data_dir)
     cluster.begin()
+    eventually(lambda: cluster.status().failures_tolerated == 1)  # a busy one may be late to answer
 
     done = run(*argv, "--json")
     status = json.loads(done.stdout)

@@ -340,6 +340,66 @@ def test_signal_when_the_server_waits_for_a_cluster_then_it_ends_well_too(
     assert "Traceback" not in process.output
 
 
+def members_at(port: int) -> dict[str, int]:
+    """The client ports that this node knows the members by; none while there is no primary."""
+    with contextlib.suppress(OSError):
+        answer = ask(("127.0.0.1", port), "CLUSTER")
+        if answer["primary"] is not None:
+            return {member["node_id"]: member["port"] for member in answer["members"]}
+    return {}
+
+
+def test_address_when_the_primarys_changed_then_the_cluster_knows_the_new_one(
+    run: Callable[..., Process],
+) -> None:
+    """A primary can't be told of it by anybody else: all would send it back to where it was."""
+    old, new = free_ports(2)
+    process = run(*founder_flags(old))
+    process.await_output("serving")
+    assert ask(("127.0.0.1", old), "SET kept 1")["status"] == "OK"
+    process.popen.terminate()
+    process.exit_status()
+
+    run(*founder_flags(new)).await_output("serving")
+
+    eventually(lambda: members_at(new) == {"node1": new}, "it is known there")
+    assert ask(("127.0.0.1", new), "GET kept")["value"] == 1
+
+
+def test_address_when_all_have_moved_then_they_find_each_other_by_join(
+    run: Callable[..., Process],
+) -> None:
+    """No address in their logs is right any more."""
+    ports = free_ports(6)
+    names = ("node1", "node2", "node3")
+
+    def start(ports: Sequence[int]) -> list[Process]:
+        join = ",".join(f"127.0.0.1:{port}" for port in ports)
+        return [
+            run(
+                *("--node-id", name, "--port", str(port), "--data-dir", name, "--join", join),
+                *SHORT_TIMERS,
+                *(["--primary"] if name == "node1" else []),
+            )
+            for name, port in zip(names, ports, strict=True)
+        ]
+
+    before, after = ports[:3], ports[3:]
+    processes = start(before)
+    for port in before:
+        eventually(lambda: len(members_at(port)) == 3, "all are in")  # noqa: B023
+    for process in processes:
+        process.popen.terminate()
+    for process in processes:
+        process.exit_status()
+
+    start(after)
+
+    expected = dict(zip(names, after, strict=True))
+    for port in after:
+        eventually(lambda: members_at(port) == expected, "all are known there")  # noqa: B023
+
+
 def test_settings_when_wrong_then_the_server_says_which_and_exits_with_2(
     run: Callable[..., Process],
 ) -> None:
@@ -810,6 +870,6 @@ def test_removed_node_when_the_primary_joined_after_it_left_then_a_secondary_nam
     server = Mock(spec=kv_store_server.Server)
     server.node = Mock(membership=known, identity=Identity("x", "00000000000000aa", "a"))
 
-    assert kv_store_server.Server._others_removed_me(server)
+    assert kv_store_server.Server._is_said_to_be_removed(server)
     members.append({"member_id": "00000000000000aa"})
-    assert not kv_store_server.Server._others_removed_me(server)
+    assert not kv_store_server.Server._is_said_to_be_removed(server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import socket
 import threading
 import time
@@ -26,7 +27,7 @@ from kv_members import change_members
 from raft_core import TooMuchUncommittedError, TransferUnderWayError
 from raft_frames import FrameError
 from raft_status import NodeConfig, NodeRole, Pending
-from raft_types import AppendReply, Entry, Member
+from raft_types import AppendReply, Entry, Member, new_id
 from tests.trio import PATIENCE_S, QUICK, Server, Trio, command, eventually, in_thread
 
 pytestmark = pytest.mark.slow
@@ -654,10 +655,10 @@ def test_lease_when_a_new_leader_is_elected_then_it_waits_until_the_old_lease_ha
 # ---- Members -----------------------------------------------------------------------------------
 
 
-def joining(member: Member) -> list[bytes]:
+def joining(member: Member, boot_id: str = "0" * 16) -> list[bytes]:
     """What a new node sends."""
     words = (member.node_id, member.member_id, member.host, member.port, member.peer_port)
-    return [b"MEMBER", b"JOIN", *(str(word).encode() for word in words)]
+    return [b"MEMBER", b"JOIN", *(str(word).encode() for word in words), boot_id.encode()]
 
 
 def test_add_member_when_it_has_caught_up_then_it_votes(make_trio: Callable[..., Trio]) -> None:
@@ -771,9 +772,39 @@ def test_member_when_it_comes_back_at_another_address_then_all_follow_it_there(
     moved.start()
 
     trio.await_applied(index)
-    change_members(leader.node, joining(moved.member))
+    change_members(leader.node, joining(moved.member, moved.boot_id))
     trio.await_applied(leader.set("k", "w"))
     assert all(member.link in ("up", "") for member in leader.status.members)
+
+
+def test_member_when_a_copy_of_it_starts_elsewhere_then_it_is_refused(
+    make_trio: Callable[..., Trio], tmp_path: Path
+) -> None:
+    """A data directory that was copied: two processes would have one vote each under one name."""
+    trio = make_trio()
+    leader = trio.leader()
+    real = trio.others(leader)[0]
+    index = leader.set("k", "v")
+    place = trio.place("elsewhere")
+    copy = Server(trio, real.member._replace(port=place.port, peer_port=place.peer_port), QUICK)
+
+    with pytest.raises(BadRequestError, match="runs already"):
+        change_members(leader.node, joining(copy.member, new_id()))
+    copied = tmp_path / "copied"
+    shutil.copytree(tmp_path / real.member.node_id, copied / real.member.node_id)
+    (copied / real.member.node_id / "lock").unlink()
+    trio.directory = copied
+    copy.start()
+
+    eventually(lambda: len(_refusals(copy)) == 2, "no other node takes it in")
+    assert leader.status.voters == 3
+    trio.await_applied(leader.set("k", "w"))
+    assert copy.status.applied_index <= index
+    copy.stop()
+
+
+def _refusals(server: Server) -> list[str]:
+    return [m.link for m in server.status.members if "another process is member" in m.link]
 
 
 def test_member_when_its_new_address_is_in_the_log_then_it_is_dialled_there(

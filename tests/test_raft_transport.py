@@ -871,8 +871,8 @@ def test_newer_connection_of_a_peer_replaces_the_older_and_is_the_one_that_count
 
     with dial(listener, HELLO_A) as older:
         heard.wait_for_event("connected", A, A)
-        with dial(listener, Hello(CLUSTER, A, B, C, False, "node-a")) as newer:
-            heard.wait_for_event("connected", A, C)
+        with dial(listener, HELLO_A) as newer:
+            heard.wait_for_event("connected", A, A, times=2)
             assert is_closed_by_peer(older)
             assert wait_until(lambda: names_of_threads().count("raft-recv-node-a") == 1)
             assert ("disconnected", A) not in heard.events
@@ -880,7 +880,46 @@ def test_newer_connection_of_a_peer_replaces_the_older_and_is_the_one_that_count
             heard.wait_for_messages(vote(1))
         heard.wait_for_event("disconnected", A)
 
-    assert heard.events == [("connected", A, A), ("connected", A, C), ("disconnected", A)]
+    assert heard.events == [("connected", A, A), ("connected", A, A), ("disconnected", A)]
+
+
+def test_second_process_of_one_member_is_refused_as_long_as_the_first_lives(
+    peers: Peers, heard: Recorder
+) -> None:
+    """A data directory that was copied: two processes with one vote (T12)."""
+    listener = peers.listener(heard)
+    hello = encode_handshake(Hello(CLUSTER, A, B, C, False, "node-a"))
+
+    with dial(listener, HELLO_A):
+        heard.wait_for_event("connected", A, A)
+        with dial(listener) as second:
+            second.sendall(hello)
+            answer = read_handshake(second)
+        assert isinstance(answer, Refused)
+        assert "never start a copied data directory" in answer.reason
+        assert ("disconnected", A) not in heard.events
+
+    with dial(listener, Hello(CLUSTER, A, B, C, False, "node-a")):
+        heard.wait_for_event("connected", A, C)
+
+
+def test_connection_to_a_peer_notices_when_its_machine_is_gone(
+    peers: Peers, heard: Recorder
+) -> None:
+    """Who only listens would wait for ever for one that lost its power; the kernel asks (T20)."""
+    accepted: list[socket.socket] = []
+    listener = peers.listener(heard)
+    link = peers.link(listener.address[1], heard)
+    heard.wait_for_event("up", B)
+    assert link._sock is not None
+    accepted += [link._sock, *(inbound.sock for inbound in listener._connections)]
+
+    assert len(accepted) == 2
+    for sock in accepted:
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        idle_s = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+        count = sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT)
+        assert idle_s + count * sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) <= 5
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
