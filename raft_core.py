@@ -140,6 +140,8 @@ class RaftCore:
         self._heartbeat_elapsed_ticks = 0
         self._term_first_index = 0  # the index of this leadership's no-op
         self.led_commit_index = 0  # how far it had committed when it last ceased to lead
+        # The last term in which it led, or may have led before it started.
+        self._led_term = self.term if self.voted_for == member_id else 0
         self._uncommitted: deque[tuple[int, int]] = deque()  # (last index, bytes) by proposal
         self._uncommitted_bytes = 0
         self.transfer_target: MemberId | None = None  # who is to lead instead
@@ -276,6 +278,7 @@ class RaftCore:
         assert self.role is Role.CANDIDATE
         assert self.membership.has_quorum(m for m, granted in self._votes.items() if granted)
         self.role = Role.LEADER
+        self._led_term = self.term
         self.leader_id = self.member_id
         self._dead_leader_attempts = 0
         self._heartbeat_elapsed_ticks = 0
@@ -728,8 +731,9 @@ class RaftCore:
         else:
             assert self.role is not Role.LEADER, "a committed entry is missing"
             self.truncated_count += max(0, self.log.last_index - index)
-            if uncommitted := self.log.last_index - self.commit_index:
-                # The state may have a part of them, which nobody can tell.
+            if self.log.last_index > self.commit_index and self.log.last_term == self._led_term:
+                # What it answered for, as a leader, without a majority. The state may have a part.
+                uncommitted = self.log.last_index - self.commit_index
                 self._notices.append(f"rolled back entries={uncommitted} at most")
             self.log.reset(index, term)
             self._log_base = (index, term)

@@ -134,14 +134,25 @@ class Followers:
             progress = self.progress[member.member_id]
             if self._has_caught_up(progress, last_index, now_ticks):
                 return membership.with_member(member._replace(voter=True))
-            if progress.heard_ticks <= now_ticks - self._config.learner_ticks_max:
-                # Most often its address was mistyped. It is in nobody's way, but holds its name.
-                self._notices.append(
-                    f"learner {member.node_id} was not heard of for too long and is dropped; if "
-                    f"{member.host} with peer port {member.peer_port} is not its address, add it anew"
-                )
+            if why := self._hopeless(member, progress, now_ticks):
+                self._notices.append(f"learner {member.node_id} is dropped: {why}")
                 return membership.without_member(member.member_id)
         return None
+
+    def _hopeless(self, member: Member, progress: Progress, now_ticks: int) -> str:
+        """Why this learner is waited for no longer, for a person; "" if it is."""
+        if progress.heard_ticks <= now_ticks - self._config.learner_ticks_max:
+            # Most often its address was mistyped. It is in nobody's way, but holds its name.
+            return (
+                f"it was not heard of for too long; if {member.host} with peer port "
+                f"{member.peer_port} is not its address, add it anew"
+            )
+        is_late = progress.followed_since_ticks <= now_ticks - self._config.catch_up_ticks_max
+        if is_late and not progress.is_receiving_snapshot:
+            return (
+                "it does not catch up; see its log, add it when there is less to do, or --learner"
+            )
+        return ""
 
     def _has_caught_up(self, progress: Progress, last_index: int, now_ticks: int) -> bool:
         """Whether its round of catching up took less than a timeout; if not, the next one begins.

@@ -448,8 +448,8 @@ class RaftNode:
             self._audit.trouble or (self._audit.finding if self.is_primary else ""),
             self._disk_watch.trouble,
             self.room_trouble(),
-            self._keeper.trouble,
             *self._core.troubles,
+            *self._keeper.troubles(self._core.membership),
         )
         return "; ".join(text for text in found if text)
 

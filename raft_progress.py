@@ -60,6 +60,7 @@ class Progress:
         # A learner's present round of catching up: where it ends, when it began (thesis 4.2.1).
         self.catch_up_index = next_index - 1
         self.catch_up_since_ticks = now_ticks
+        self.followed_since_ticks = now_ticks
         self._inflight: deque[tuple[int, int]] = deque()  # (last index, bytes), ascending
         self._inflight_bytes = 0
 

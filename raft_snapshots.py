@@ -56,8 +56,17 @@ RETRY_S: Final = 5.0
 # To install a large state takes seconds. Who is silent for longer is gone; the copy that it was to
 # get is not kept, nor the log behind it. Should it come back, it begins anew.
 SILENCE_S: Final = 120.0
-# While a snapshot is under way, the log behind it is kept up to this many times its usual size.
+# While a snapshot is under way, and a little longer, until its follower has begun to take what came
+# after it, the log is kept up to this many times its usual size.
 PINNED_FACTOR: Final = 4
+PINNED_AFTER_S: Final = 10.0
+# Each is a copy of the state on this node's disk (raft-traps T42).
+TRANSFERS_MAX: Final = 2
+# What is kept of the log for slow followers, whatever it weighs: to take so many in takes seconds,
+# and a state is no more trouble then.
+TAIL_ENTRIES_MAX: Final = 200_000
+# So long a node that could not keep up is named.
+BEHIND_S: Final = 60.0
 
 
 class Host(Protocol):
@@ -226,6 +235,9 @@ class StateKeeper:
         self._begun_s: dict[MemberId, float] = {}  # when they were last sent one
         self._outgoing: dict[MemberId, _Outgoing] = {}
         self._over: list[_Outgoing] = []  # whose files are to be closed
+        # Who has installed a state: its index, and when.
+        self._installed: dict[MemberId, tuple[int, float]] = {}
+        self._behind_s: dict[MemberId, float] = {}  # when it was last seen that they can't keep up
         self._incoming: _Incoming | None = None
         self._stopping = False
         # Held by who writes a chunk: a peer that dials anew may have two threads here for a moment.
@@ -245,6 +257,8 @@ class StateKeeper:
             if term != self._term:
                 self._term = term
                 self._wanted.clear()
+                self._installed.clear()
+                self._behind_s.clear()
                 self._over += self._outgoing.values()
                 self._outgoing.clear()
                 self._due.notify()
@@ -252,8 +266,19 @@ class StateKeeper:
     def want(self, member_id: MemberId) -> None:
         """This follower needs entries that the log no longer holds."""
         with self._lock:
+            if self._is_pinned_locked(member_id):
+                self._behind_s[member_id] = time.monotonic()
+                log.error(
+                    "member=%s can't keep up: while it installed a state, the log went beyond what "
+                    "it needs next; it begins anew. Give more --max-log.",
+                    member_id,
+                )
             self._wanted.add(member_id)
             self._due.notify()
+
+    def _is_pinned_locked(self, member_id: MemberId) -> bool:
+        _, installed_s = self._installed.get(member_id, (0, 0.0))
+        return time.monotonic() - installed_s < PINNED_AFTER_S
 
     def progress(self) -> dict[MemberId, float]:
         """The followers that are getting a snapshot, and which share of it they have."""
@@ -312,13 +337,18 @@ class StateKeeper:
             index = outgoing.reader.header.applied_index
             took_s = time.monotonic() - outgoing.began_s
             log.info("snapshot installed by member=%s seconds=%.1f", reply.sender, took_s)
-            if index + 1 < self._disk.first_index:
-                log.error(
-                    "member=%s can't keep up: while it installed, the log went beyond what it "
-                    "needs next; it begins anew. Give more --max-log.",
-                    reply.sender,
-                )
+            with self._lock:
+                self._installed[reply.sender] = (index, time.monotonic())
         self._host.snapshot_ended(reply.sender, index)
+
+    def troubles(self, membership: Membership) -> list[str]:
+        """What is wrong, for a person. Any lock may be held."""
+        troubles = [self.trouble] if self.trouble else []
+        latest_s = time.monotonic() - BEHIND_S
+        with self._lock:
+            behind = [m for m, seen_s in self._behind_s.items() if seen_s > latest_s]
+        names = [m.node_id for m in membership.members if m.member_id in behind]
+        return troubles + [f"{n} can't keep up with the log: give more --max-log" for n in names]
 
     def on_chunk(self, chunk: SnapshotChunk) -> None:
         """A chunk from the leader of the present term."""
@@ -397,7 +427,8 @@ class StateKeeper:
     def _may_begin_locked(self) -> list[MemberId]:
         # A follower that refuses what it gets, its disk full perhaps, is not to keep ours busy.
         latest_s = time.monotonic() - RETRY_S
-        return [m for m in self._wanted if self._begun_s.get(m, latest_s) <= latest_s]
+        ready = [m for m in self._wanted if self._begun_s.get(m, latest_s) <= latest_s]
+        return ready[: TRANSFERS_MAX - len(self._outgoing)]
 
     def stop(self) -> None:
         """Let ``run`` end."""
@@ -444,9 +475,12 @@ class StateKeeper:
         self._saved_log_bytes = self._disk.size_bytes
 
     def _drop_log(self) -> None:
-        keep = min(self._saved_index + 1, self._disk.tail_start(self._log_bytes_max // 2))
+        tail = self._disk.tail_start(self._log_bytes_max // 2)
+        tail = max(tail, self._disk.last_index - TAIL_ENTRIES_MAX + 1)
+        keep = min(self._saved_index + 1, tail)
         with self._lock:
             pins = [o.reader.header.applied_index + 1 for o in self._outgoing.values()]
+            pins += [i + 1 for m, (i, _) in self._installed.items() if self._is_pinned_locked(m)]
         if self._disk.size_bytes < PINNED_FACTOR * self._log_bytes_max:
             keep = min([keep, *pins])
         if keep > self._disk.first_index:

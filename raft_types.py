@@ -78,6 +78,8 @@ class RaftConfig:
     uncommitted_bytes_max: int = 128 * 1024 * 1024
     # A learner that is not heard of for so long is dropped, unless it is to stay a learner.
     learner_ticks_max: int = 6000
+    # So is one that is heard of, but does not catch up within this.
+    catch_up_ticks_max: int = 60_000
 
     def __post_init__(self) -> None:
         if not 0 < self.heartbeat_ticks < self.election_ticks_min <= self.election_ticks_max:

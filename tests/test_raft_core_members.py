@@ -286,7 +286,7 @@ def test_learner_that_is_not_heard_of_is_dropped_and_named() -> None:
 
     assert core.membership == membership("abc")
     [notice] = core.take_notices()
-    assert "learner d was not heard of" in notice
+    assert "learner d is dropped: it was not heard of" in notice
     assert f"{nobody.host} with peer port {nobody.peer_port}" in notice
     assert core.take_notices() == []
 
@@ -309,11 +309,32 @@ def test_learner_that_is_heard_of_is_kept_however_far_behind(sign: str) -> None:
     assert core.take_notices() == []
 
 
+def test_learner_that_is_heard_of_but_does_not_catch_up_is_dropped_in_the_end() -> None:
+    """It would hold its name, and the leader's attention, for ever.
+
+    Source: thesis 4.2.1 (a fixed number of rounds); raft-traps T63.
+    """
+    patience_ticks = 200
+    core = lead(server(config=replace(IMPATIENT, catch_up_ticks_max=patience_ticks)))
+    core.add_learner(member("d", voter=False))
+    flush(core)
+    acknowledge(core, "b", "c")
+
+    for tick_count in range(patience_ticks):
+        assert core.membership.get("d") is not None, tick_count
+        acknowledge(core, "d", index=0)
+        tick_heard(core, 1, "b", "c")
+
+    assert core.membership == membership("abc")
+    [notice] = core.take_notices()
+    assert "learner d is dropped: it does not catch up" in notice
+
+
 def test_learner_that_is_to_stay_one_is_not_dropped() -> None:
-    """A read copy may be away for a weekend."""
+    """A read copy may be away for a weekend, and take as long to catch up."""
     core = leader_with_silent_learner(member("d", voter=False, stays_learner=True))
 
-    tick_heard(core, IMPATIENT.learner_ticks_max, "b", "c")
+    tick_heard(core, IMPATIENT.catch_up_ticks_max, "b", "c")
 
     assert core.membership.get("d") is not None
 

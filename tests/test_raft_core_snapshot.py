@@ -199,6 +199,21 @@ def test_log_that_differs_at_the_state_is_emptied() -> None:
     assert core.truncated_count == 1
 
 
+def test_state_that_takes_the_place_of_what_it_had_led_is_told() -> None:
+    """With asynchronous replication it had answered for that (promise G1).
+
+    For any other server it is nothing out of the way: it was behind.
+    """
+    old_leader = server(log=log_of(1, 2, 2, 2), term=2, voted_for="a")
+    follower = server(log=log_of(1, 2, 2, 2), term=2, voted_for="b")
+
+    for core in (old_leader, follower):
+        core.restore(snapshot_at(10, 3))
+
+    assert old_leader.take_notices() == ["rolled back entries=4 at most"]
+    assert follower.take_notices() == []
+
+
 @pytest.mark.parametrize("index", [1, 3])
 def test_state_that_is_no_news_changes_nothing(index: int) -> None:
     """A server never goes back behind what it has committed.

@@ -16,7 +16,20 @@ import raft_snapshots
 from kv_members import backup
 from kv_store import KeyValueStore, Slice
 from raft_snapshots import StateKeeper
-from raft_types import Identity, MemberId, Message, Snapshot, SnapshotChunk, SnapshotOutcome
+from raft_types import (
+    Entry,
+    EntryKind,
+    HardState,
+    Identity,
+    Member,
+    MemberId,
+    Membership,
+    Message,
+    Snapshot,
+    SnapshotChunk,
+    SnapshotOutcome,
+    SnapshotReply,
+)
 from replication_log import ReplicationLog
 from state_db import StateDb, StateHeader
 from tests.cluster import eventually
@@ -46,6 +59,7 @@ class FakeHost:
 
     def __init__(self) -> None:
         self.posted: list[Message] = []
+        self.dropped: list[int] = []
         self.ended: list[tuple[MemberId, int | None]] = []
         self.while_installing: Callable[[], None] = lambda: None
         self.answers: list[SnapshotOutcome] = []
@@ -57,7 +71,7 @@ class FakeHost:
         pass
 
     def drop_log(self, index: int) -> None:
-        pass
+        self.dropped.append(index)
 
     def snapshot_ended(self, member_id: MemberId, index: int | None) -> None:
         self.ended.append((member_id, index))
@@ -132,6 +146,63 @@ def test_sending_when_the_follower_is_silent_for_long_then_it_is_given_up(
 
     assert kept.host.ended == [("follower", None)]
     assert not kept.keeper.progress()
+
+
+def test_follower_when_it_needs_a_state_again_at_once_then_it_is_named(
+    kept: Kept, caplog: pytest.LogCaptureFixture
+) -> None:
+    """To install one takes longer than the log behind it lasts: it would go on for ever (T43)."""
+    follower = Member("follower", "node2", "127.0.0.1", 1, 2, voter=True)
+    members = Membership((follower,))
+    kept.keeper.lead(1)
+    kept.keeper.want("follower")
+    kept.keeper._begin_sending("follower")
+    assert kept.keeper.troubles(members) == []
+    (chunk,) = kept.host.posted
+    assert isinstance(chunk, SnapshotChunk)
+    installed = SnapshotOutcome.INSTALLED
+    kept.keeper.on_reply(SnapshotReply("follower", "me", 1, chunk.snapshot_id, 0, installed))
+
+    kept.keeper.want("follower")
+
+    assert kept.keeper.troubles(members) == [
+        "node2 can't keep up with the log: give more --max-log"
+    ]
+    assert "can't keep up" in caplog.text
+
+
+def test_log_behind_a_state_just_installed_is_kept_for_a_while(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between "installed" and the first append a save must not drop what comes next."""
+    kept.keeper.lead(1)
+    kept.keeper._begin_sending("follower")
+    (chunk,) = kept.host.posted
+    assert isinstance(chunk, SnapshotChunk)
+    installed = SnapshotOutcome.INSTALLED
+    kept.keeper.on_reply(SnapshotReply("follower", "me", 1, chunk.snapshot_id, 0, installed))
+    kept.disk.append(HardState(1, None), [Entry(i, 1, EntryKind.NOOP, b"") for i in range(1, 30)])
+    monkeypatch.setattr(raft_snapshots, "TAIL_ENTRIES_MAX", 5)
+    kept.keeper._saved_index = 29
+
+    kept.keeper._drop_log()
+    assert kept.host.dropped == []
+    monkeypatch.setattr(raft_snapshots, "PINNED_AFTER_S", 0.0)
+    kept.keeper._drop_log()
+
+    assert kept.host.dropped == [25]  # the tail is bounded in entries, however small they are
+
+
+def test_transfers_when_many_followers_need_one_then_few_run_at_a_time(kept: Kept) -> None:
+    """Each is a copy of the state on this node's disk (T42)."""
+    kept.keeper.lead(1)
+    for name in "abcd":
+        kept.keeper.want(name)
+    with kept.keeper._lock:
+        assert len(kept.keeper._may_begin_locked()) == 2
+    kept.keeper._begin_sending("a")
+    with kept.keeper._lock:
+        assert len(kept.keeper._may_begin_locked()) == 1
 
 
 def test_reader_when_closed_then_reads_no_more(kept: Kept, tmp_path: Path) -> None:
