@@ -29,7 +29,7 @@ from pathlib import Path
 from textwrap import indent
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from kv_client import DEFAULT_NODES, Address, JSONValue, KVStoreClient
+from kv_client import DEFAULT_NODES, UNSUITABLE_COMMANDS, Address, JSONValue, KVStoreClient
 from kv_commands import COMMANDS, Command
 from kv_errors import (
     BadRequestError,
@@ -487,7 +487,10 @@ def _help_row(row: Command) -> str:
 def completions() -> dict[str, dict[str, None] | None]:
     """What Tab offers as the first word, and as the one after it."""
     names = [row.name for row in COMMANDS.values() if "internal" not in row.flags]
-    return {**dict.fromkeys(names), "HELP": dict.fromkeys(names)}
+    # Those are about a connection, where the prompt has many. But everybody knows how to leave.
+    useful = [n for n in names if n.encode() not in UNSUITABLE_COMMANDS or n == "QUIT"]
+    # What stands before a word to be completed is looked up as it is typed.
+    return {**dict.fromkeys(useful), "HELP": dict.fromkeys(names), "help": dict.fromkeys(names)}
 
 
 def lines_from_prompt() -> Iterator[str]:
@@ -552,7 +555,7 @@ class _Line(NamedTuple):
 
     size: int  # bytes, with its line end
     key: str = ""
-    value: bytes = b""
+    value: bytes | None = None  # None: there is nothing to store
     fault: str = ""
 
 
@@ -613,7 +616,7 @@ def _batches(lines: Iterable[_Line]) -> Iterator[list[_Line]]:
             batch, keys, size = [], set(), 0
         batch.append(line)
         size += line.size
-        if line.value:
+        if line.value is not None:
             keys.add(line.key)
     if batch:
         yield batch
@@ -624,12 +627,12 @@ def _store(client: KVStoreClient, batch: Sequence[_Line], position: LoadPosition
 
     A part may then be stored already: it is stored again, to the same effect, on resuming.
     """
-    good = [line for line in batch if line.value]
-    replies = iter(client.execute_many(("SET", line.key, line.value) for line in good))
+    pairs = [(line.key, line.value) for line in batch if line.value is not None]
+    replies = iter(client.execute_many(("SET", key, value) for key, value in pairs))
     stored, faults = 0, []
     for number, line in enumerate(batch, start=position.lines + 1):
         fault = line.fault
-        if line.value:
+        if line.value is not None:
             reply = next(replies)
             if isinstance(reply, BadRequestError):
                 fault = str(reply)
@@ -641,6 +644,8 @@ def _store(client: KVStoreClient, batch: Sequence[_Line], position: LoadPosition
             faults.append(f"line {number}: {fault}")
     for told in faults[: max(FAULTS_TOLD_MAX - position.bad, 0)]:
         say(told)
+    if position.bad <= FAULTS_TOLD_MAX < position.bad + len(faults):
+        say("(and more, which are counted only)")
     position.offset += sum(line.size for line in batch)
     position.lines += len(batch)
     position.stored += stored
@@ -693,7 +698,10 @@ def _plain_meter(size: int, position: LoadPosition) -> Callable[[], None]:
 
 
 def _node_list(text: str) -> list[str]:
-    return [str(Address.parse(node)) for node in text.split(",")]
+    try:
+        return [str(Address.parse(node)) for node in text.split(",")]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}, not {text!r}") from None
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -68,10 +68,13 @@ CHUNK_REQUESTS_MAX: Final = 1024
 RECEIVE_BYTES: Final = 64 * 1024
 CLOSE_S_MAX: Final = 0.5
 _OPEN_SESSION: Final = [b"SESSION", b"OPEN"]
-# They change the connection they arrive on, which here is another one for the next request.
-STATEFUL_COMMANDS: Final = frozenset(
-    {b"HELLO", b"READONLY", b"READWRITE", b"RESET", b"QUIT", b"CLIENT"}
-)
+_ONE_OF_MANY: Final = "it would be about one connection of many"
+# What is not sent, and why.
+UNSUITABLE_COMMANDS: Final[Mapping[bytes, str]] = {
+    **dict.fromkeys((b"HELLO", b"READONLY", b"READWRITE", b"RESET"), _ONE_OF_MANY),
+    **dict.fromkeys((b"QUIT", b"CLIENT"), _ONE_OF_MANY),
+    b"BACKUP": "its answer is a stream; use cluster_manager.py --action backup",
+}
 
 
 class Address(NamedTuple):
@@ -219,10 +222,10 @@ def _nature(argv: list[bytes]) -> tuple[bool, bool, bool]:
     except BadRequestError:
         # Wrong, or a command of a newer server: the server will tell, nothing is assumed.
         return False, False, False
-    reads = not command.flags & {"write", "admin"}
-    in_session = "write" in command.flags and command.name != "SESSION"
     # A session that is opened twice is one that nobody uses, and ends by itself.
-    return reads, in_session, reads or in_session or argv == _OPEN_SESSION
+    reads = not command.flags & {"write", "admin"} or argv == _OPEN_SESSION
+    in_session = "write" in command.flags and command.name != "SESSION"
+    return reads, in_session, reads or in_session
 
 
 def _to_bytes(argument: Argument) -> bytes:
@@ -279,6 +282,16 @@ class _Connection:
                 if not data:
                     raise ConnectionError("it closed the connection")
                 self._parser.feed(data)
+
+    def last_words(self) -> list[Reply]:
+        """What has arrived of a node that has closed the connection."""
+        self._socket.settimeout(0)
+        with suppress(OSError, ProtocolError):
+            while data := self._socket.recv(RECEIVE_BYTES):
+                self._parser.feed(data)
+        with suppress(ProtocolError):
+            return self._parser.take()
+        return []
 
     def close(self) -> None:
         self._socket.close()
@@ -352,6 +365,7 @@ class KVStoreClient:
     """
 
     def __init__(self, nodes: Iterable[str] = DEFAULT_NODES, *, timeout_s: float = 10.0) -> None:
+        nodes = nodes.split(",") if isinstance(nodes, str) else nodes
         seeds = [Address.parse(node) for node in nodes]
         if not seeds:
             raise ValueError("nodes must name at least one HOST:PORT")
@@ -415,14 +429,15 @@ class KVStoreClient:
     ) -> bool:
         """Store ``value``; False if ``nx`` found the key or ``xx`` did not, and nothing was done.
 
-        With ``ttl_s`` the key expires that many seconds after the write, without it never.
+        With ``ttl_s`` the key expires that many seconds after the write; without it, or with
+        ``math.inf``, never.
         """
         argv: list[Argument] = ["SET", key, text_or_json_bytes(value)]
         if nx:
             argv.append("NX")
         if xx:
             argv.append("XX")
-        if ttl_s is not None:
+        if ttl_s is not None and ttl_s != math.inf:
             argv += ["PX", _milliseconds(ttl_s)]
         return self.execute(*argv) is not None
 
@@ -556,8 +571,8 @@ class KVStoreClient:
         if not argv:
             raise BadRequestError("A request needs at least a command.")
         words = [_to_bytes(argument) for argument in argv]
-        if words[0].upper() in STATEFUL_COMMANDS:
-            raise BadRequestError(f"{argv[0]!s} has no meaning on a pool of connections.")
+        if why := UNSUITABLE_COMMANDS.get(words[0].upper()):
+            raise BadRequestError(f"{words[0].decode()} is not for this client: {why}.")
         return _Call(words)
 
     def _run(self, calls: Sequence[_Call], deadline: float) -> None:
@@ -606,7 +621,14 @@ class KVStoreClient:
             with self._connection(address, deadline) as connection:
                 # If the last byte does not leave, only the requests before the last may be done.
                 maybe_sent = len(calls) > 1
-                connection.send(b"".join(call.data for call in calls), deadline)
+                try:
+                    connection.send(b"".join(call.data for call in calls), deadline)
+                except ConnectionError:
+                    # Who closes on a request that is too large says so first.
+                    for call, reply in zip(calls, connection.last_words(), strict=False):
+                        call.answer(reply)
+                        answered += 1
+                    raise
                 maybe_sent = True
                 silence_s = math.inf if patient else self._silence_s
                 for reply in connection.replies(len(calls), silence_s, deadline):
@@ -771,6 +793,8 @@ def _reason(error: OSError) -> str:
 
 def _milliseconds(ttl_s: float) -> int:
     """Whole milliseconds, at least one for any time above 0: a TTL never rounds down to "gone"."""
+    if not math.isfinite(ttl_s):
+        raise BadRequestError("A time to live is a number of seconds; persist() takes it away.")
     return math.ceil(ttl_s * 1000)
 
 

@@ -8,7 +8,8 @@ Rule 3: the time is linear in the bytes, whatever the sender does.
 Rule 4: a faulty request is an item in its place, a KVError among the requests. After a fault that
 leaves no way to find the next request, ``broken`` is set: answer what there is, then close.
 
-The first byte of a connection picks the language: ``*`` is RESP (Redis), all else is lines.
+The first byte of a connection picks the language: ``*`` is RESP (Redis), all else is lines; but
+for ``PING`` with a CR LF, which health checks and redis-benchmark begin with.
 Called on the connection's own client thread. Read on in ``kv_commands.py``.
 """
 
@@ -151,7 +152,10 @@ class RequestParser(_Parser):
         if not buffer:
             return items
         if self.language is None:
-            self.language = "resp" if buffer[0] == 0x2A else "lines"
+            self.language = _language_of(buffer)
+            self._bytes_needed = 0 if self.language else len(buffer) + 1
+            if self.language is None:
+                return items
         try:
             if self.language == "resp":
                 used = self._take_resp(buffer, items)
@@ -273,6 +277,17 @@ class RequestParser(_Parser):
                 if argv:
                     items.append(argv)
         return at
+
+
+# What health checks and redis-benchmark begin with, who then expect Redis' answer.
+_INLINE_PING: Final = b"PING\r\n"
+
+
+def _language_of(buffer: bytes) -> Literal["resp", "lines"] | None:
+    """The language of a client that begins so; None: there is too little to tell."""
+    if buffer[0] == 0x2A or buffer.startswith(_INLINE_PING):  # "*"
+        return "resp"
+    return None if _INLINE_PING.startswith(buffer) else "lines"
 
 
 def _take_short(buffer: bytes, at: int, items: list[Item]) -> int:

@@ -188,6 +188,7 @@ class Session:
         self._deliver = deliver
         self._items: list[Item] = []  # received, and not yet answered
         self._held_until_s: float | None = None  # while there is no primary
+        self._in_multi = False  # a MULTI was refused, and its EXEC has not come
         # Held from handing a run to a batch until its replies are sent (or it came back).
         self._under_way = threading.Lock()
         # A run of reads that came back, because this node ceased to lead: it was not answered.
@@ -206,6 +207,8 @@ class Session:
         """Leave all that was received to ``batch``; False: ``answer`` it, on a thread that waits."""
         items = self._items
         if self._under_way.locked() or self._came_back or self.parser.broken or not items:
+            return False
+        if self._in_multi:
             return False
         command = self._checked(items[0])
         if isinstance(command, KVError) or not command.flags & {"write", "read"}:
@@ -236,7 +239,7 @@ class Session:
         out: list[bytes] = []
         size_bytes = position = 0
         while position < len(items) and not self.closing:
-            if _is_backup(items[position]):
+            if self.parser.language == "lines" and _is_backup(items[position]):
                 self.closing = True
                 yield b"".join(out)
                 yield from kv_members.backup(self.node)
@@ -262,7 +265,7 @@ class Session:
     def _answer_run(self, items: Sequence[Item], position: int, out: list[bytes]) -> int:
         """Answer ``items`` from ``position``, as many as go together; returns where to go on."""
         first = items[position]
-        command = self._checked(first)
+        command = self._refuse_transaction(first) or self._checked(first)
         if isinstance(command, KVError):
             out.append(self._encode([], command, 0))
             return position + 1
@@ -277,11 +280,29 @@ class Session:
             out += replies
             return position + len(replies)
         try:
+            if command.name == "BACKUP":
+                text = "BACKUP is for the line language: use cluster_manager.py --action backup"
+                raise BadRequestError(text)
             reply = _LOCAL[command.name](self, first)
         except KVError as error:
             reply = error
         out.append(self._encode(first, reply, 0))
         return position + 1
+
+    def _refuse_transaction(self, item: Item) -> KVError | None:
+        """MULTI is not there yet: then nothing up to EXEC may be done, one by one, instead."""
+        word = b"" if isinstance(item, KVError) else item[0].upper()
+        if word == b"MULTI":
+            self._in_multi = True
+            return BadRequestError("MULTI is not supported: use MSET, CAS or SET ... IFEQ instead")
+        if not self._in_multi:
+            return None
+        if word in (b"EXEC", b"DISCARD"):
+            self._in_multi = False
+            return _ExecAbortError("Transaction discarded because MULTI is not supported.")
+        return BadRequestError(
+            "not done: it stands between MULTI, which is not supported, and EXEC"
+        )
 
     def _checked(self, item: Item) -> kv_commands.Command | KVError:
         if isinstance(item, KVError):
@@ -522,6 +543,8 @@ class Session:
         protocol = self.protocol
         name = self.name
         if len(argv) > 1:
+            if not argv[1].isdigit():
+                raise BadRequestError("Protocol version is not an integer or out of range")
             if argv[1] not in (b"2", b"3"):
                 return _NoProtoError("unsupported protocol version")
             protocol = int(argv[1])
@@ -545,13 +568,15 @@ class Session:
 
     def _client(self, argv: Argv) -> Reply:
         subcommand = argv[1].upper().decode(errors="backslashreplace")
-        if subcommand == "ID":
+        if subcommand == "ID" and len(argv) == 2:
             return self.id
         if subcommand == "SETNAME" and len(argv) == 3:
             self.name = _checked_name(argv[2])
             return OK
-        if subcommand == "GETNAME":
+        if subcommand == "GETNAME" and len(argv) == 2:
             return self.name or None
+        if subcommand == "HELP":
+            return _subcommands("CLIENT", "GETNAME ID INFO LIST SETINFO SETNAME")
         if subcommand == "SETINFO" and len(argv) == 4:
             return OK
         if subcommand == "INFO":
@@ -559,8 +584,8 @@ class Session:
         if subcommand == "LIST":
             sessions = list(self.service.sessions.values())
             return Verbatim("".join(session.describe() + "\n" for session in sessions))
-        if subcommand in ("SETNAME", "SETINFO"):
-            raise kv_commands.wrong_arity(f"client|{subcommand}")
+        if subcommand in ("ID", "GETNAME", "SETNAME", "SETINFO"):
+            raise kv_commands.wrong_arity(f"client|{subcommand.lower()}")
         raise BadRequestError(f"unknown subcommand '{subcommand}'. Try CLIENT HELP.")
 
     def describe(self) -> str:
@@ -581,19 +606,33 @@ class Session:
             return [command.name.lower().encode() for command in public]
         names = [arg.upper().decode(errors="replace") for arg in argv[2:]]
         if subcommand == b"INFO":
-            wanted = names or [command.name for command in public]
-            return [_command_row(table[name]) if name in table else None for name in wanted]
+            known = {command.name: command for command in public}
+            return [_command_row(known[n]) if n in known else None for n in names or known]
         if subcommand == b"DOCS":
             shown = [c for c in public if not names or c.name in names]
             return {command.name.lower().encode(): _command_doc(command) for command in shown}
+        if subcommand == b"HELP":
+            return _subcommands("COMMAND", "COUNT DOCS INFO LIST")
         text = argv[1].decode(errors="backslashreplace")
         raise BadRequestError(f"unknown subcommand '{text}'. Try COMMAND HELP.")
 
     def _config(self, argv: Argv) -> Reply:
-        if argv[1].upper() != b"GET":
-            raise BadRequestError("settings are changed on the command line or in --config FILE")
-        if len(argv) < 3:
-            raise kv_commands.wrong_arity("config|get")
+        match argv[1].upper():
+            case b"GET" if len(argv) < 3:
+                raise kv_commands.wrong_arity("config|get")
+            case b"GET":
+                pass
+            case b"RESETSTAT":
+                self.service.commands_count = self.service.connections_count = 0
+                return OK
+            case b"HELP":
+                return _subcommands("CONFIG", "GET RESETSTAT")
+            case b"SET" | b"REWRITE":
+                text = "settings are changed on the command line or in --config FILE"
+                raise BadRequestError(text)
+            case word:
+                text = word.decode(errors="backslashreplace")
+                raise BadRequestError(f"unknown subcommand '{text}'. Try CONFIG HELP.")
         values = self._config_values()
         return {
             name: value
@@ -646,7 +685,11 @@ class Session:
 
     def _wait(self, argv: Argv) -> Reply:
         """How many other voters hold this connection's last write; waits for ``numreplicas``."""
-        wanted, timeout_ms = kv_commands.parse_int(argv[1]), kv_commands.parse_int(argv[2])
+        wanted = kv_commands.parse_int(argv[1])
+        try:
+            timeout_ms = kv_commands.parse_int(argv[2])
+        except BadRequestError:
+            raise BadRequestError("timeout is not an integer or out of range") from None
         if timeout_ms < 0:
             raise BadRequestError("timeout is negative")
         # 0 means "for ever" to Redis; a thread of ours waits an hour at most. And, as with Redis, only
@@ -727,7 +770,9 @@ class Session:
                 "raft_state_hash": f"{status.state_hash:016x}",
             },
             "Cluster": {"cluster_enabled": 0},
-            "Keyspace": {"db0": f"keys={len(self.store)},expires=0,avg_ttl=0"}
+            "Keyspace": {
+                "db0": f"keys={len(self.store)},expires={self.store.expiring_count},avg_ttl=0"
+            }
             if len(self.store)
             else {},
         }
@@ -770,6 +815,12 @@ class _NoProtoError(BadRequestError):
     """HELLO asked for a version of RESP that is neither 2 nor 3."""
 
     resp_code = "NOPROTO"
+
+
+class _ExecAbortError(BadRequestError):
+    """Nothing of a transaction was done."""
+
+    resp_code = "EXECABORT"
 
 
 _LOCAL: Final[Mapping[str, Callable[[Session, Argv], Reply]]] = {
@@ -820,8 +871,16 @@ def _slot(argv: Argv) -> int:
     return kv_commands.crc16_slot(keys[0]) if keys else 0
 
 
+def _subcommands(name: str, words: str) -> Reply:
+    return [SimpleString(line) for line in (f"{name} <subcommand>:", *words.split(), "HELP")]
+
+
+# Our flags in Redis' words; the others are for ourselves.
+_REDIS_FLAGS: Final = {"write": "write", "read": "readonly", "admin": "admin", "fast": "fast"}
+
+
 def _command_row(command: kv_commands.Command) -> Reply:
-    flags = [SimpleString(flag) for flag in sorted(command.flags)]
+    flags = [SimpleString(word) for flag, word in _REDIS_FLAGS.items() if flag in command.flags]
     first, last, step = command.first_key, command.last_key, command.key_step
     name = command.name.lower().encode()
     return [name, command.arity, flags, first, last, step, [], [], [], []]
@@ -832,7 +891,14 @@ def _command_doc(command: kv_commands.Command) -> Reply:
         b"summary": command.summary.encode(),
         b"since": command.since.encode(),
         b"group": command.group.encode(),
+        b"arguments": _arguments(command),
     }
+
+
+def _arguments(command: kv_commands.Command) -> Reply:
+    """As redis-cli shows them in its help: all in one, for that is how the table has them."""
+    _, _, text = command.usage.partition(" ")
+    return [{b"name": text.encode(), b"type": b"string"}] if text else []
 
 
 # ---- The line language's replies ---------------------------------------------------------------

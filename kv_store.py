@@ -333,6 +333,11 @@ class KeyValueStore:
         return len(self._values)
 
     @property
+    def expiring_count(self) -> int:
+        """How many keys have a deadline."""
+        return len(self._deadlines)
+
+    @property
     def memory_bytes(self) -> int:
         """An estimate of what keys and sessions take, for --max-memory."""
         return self._keys_bytes + self.sessions.memory_bytes

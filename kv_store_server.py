@@ -80,6 +80,7 @@ STUCK_S = 1.0
 # A request that has begun must go on within this, and a reply be read: else the thread is free.
 STALL_S = 60
 ACCEPT_PAUSE_S = 0.1
+LINGER_S = 10.0
 # Open files that are kept for the log, the state and the peers.
 FILES_RESERVED = 128
 JOIN_INTERVAL_S = 0.5
@@ -245,9 +246,10 @@ def _close_gently(sock: socket.socket) -> None:
     except OSError:
         return  # it went away by a reset of its own: ENOTCONN, which is no ConnectionError
     _set_stall(sock, socket.SO_RCVTIMEO, 1)
-    unread_bytes = 1024 * 1024
-    while unread_bytes > 0 and (data := sock.recv(RECEIVE_BYTES)):
-        unread_bytes -= len(data)
+    # A client that still sends what is too large reads the answer only when it is done.
+    until_s = time.monotonic() + LINGER_S
+    while time.monotonic() < until_s and sock.recv(RECEIVE_BYTES):
+        pass
 
 
 class ClientReader:
@@ -339,6 +341,7 @@ class TCPServer(socketserver.ThreadingTCPServer):
 
     def __init__(self, host: str, port: int) -> None:
         """Bind, so that a port in use is known at once; ``serve`` begins to listen."""
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), ClientHandler, bind_and_activate=False)
         self.service: Service  # these two are set by ``serve``
         self.reader: ClientReader
@@ -346,10 +349,10 @@ class TCPServer(socketserver.ThreadingTCPServer):
             self.server_bind()
         except OSError as error:
             self.server_close()
-            raise StartError(
-                f"can't listen on {host}:{port}: {error.strerror}; stop what uses the port, or "
-                "choose another with --port"
-            ) from error
+            what = "give --host an address of this host"
+            if error.errno == errno.EADDRINUSE:
+                what = "stop what uses the port, or choose another with --port"
+            raise StartError(f"can't listen on {host}:{port}: {error.strerror}; {what}") from error
 
     def serve(self, service: Service, on_fatal: Callable[[BaseException], None]) -> None:
         """Listen, and accept on the thread ``accept-clients``."""

@@ -238,11 +238,12 @@ def test_prompt_when_typed_at_then_remembers_lines_and_survives_ctrl_c(
 
 
 def test_tab_when_pressed_then_offers_every_command_and_help_for_it() -> None:
-    """Completion knows the command table, less what only servers write."""
+    """Completion knows the command table, less what only servers write, or is no use here."""
     offered = example_client.completions()
 
-    assert offered.keys() == COMMANDS.keys() - {"PURGE"}
-    assert offered["HELP"] == dict.fromkeys(COMMANDS.keys() - {"PURGE"})
+    no_use = {"HELLO", "CLIENT", "READONLY", "READWRITE", "RESET", "BACKUP"}
+    assert offered.keys() == COMMANDS.keys() - {"PURGE"} - no_use | {"help"}
+    assert offered["HELP"] == offered["help"] == dict.fromkeys(COMMANDS.keys() - {"PURGE"})
     assert offered["GET"] is None
 
 
@@ -289,6 +290,42 @@ def test_load_when_a_key_field_is_named_then_stores_whole_objects(
 
     assert value(cluster, "7") == {"id": 7, "name": "Ada"}
     assert value(cluster, "x") == {"id": "x", "name": "Bob"}
+
+
+def test_load_when_a_value_is_empty_text_then_it_is_stored(
+    cluster: FakeCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is a value like any other, and "Stored" counts it. (It was left out without a word.)"""
+    file = jsonl(tmp_path, {"key": "e", "value": ""}, {"key": "e2", "value": "x"})
+
+    assert run(cluster, "--load", str(file)) == 0
+
+    assert value(cluster, "e") == ""
+    assert "Stored 2 of 2 lines" in capsys.readouterr().out
+
+
+def test_load_when_more_lines_are_bad_than_are_told_then_says_that_there_are(
+    cluster: FakeCluster, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who mends the five that are named is not to believe that it was all."""
+    file = jsonl(tmp_path, *["{"] * 7)
+
+    assert run(cluster, "--load", str(file)) == 1
+
+    out = capsys.readouterr().out
+    assert "line 5:" in out and "line 6:" not in out
+    assert out.count("and more, which are counted only") == 1
+    assert "7 bad" in out
+
+
+def test_nodes_when_malformed_then_the_argument_and_what_is_expected_are_named(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """In words for a person."""
+    with pytest.raises(SystemExit):
+        main(["--demo", "basic", "--nodes", "nohost"])
+
+    assert "argument --nodes: expected HOST:PORT, not 'nohost'" in capsys.readouterr().err
 
 
 def test_load_when_lines_are_bad_then_stores_the_others_and_tells(

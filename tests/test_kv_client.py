@@ -658,6 +658,29 @@ def test_request_when_it_would_change_the_connection_then_is_refused(
         client.execute(word)
 
 
+def test_backup_when_asked_for_then_says_whose_matter_it_is(client: KVStoreClient) -> None:
+    """Its answer is no reply; the text is one for a person."""
+    with pytest.raises(BadRequestError, match=r"^BACKUP is not for this client: .*--action backup"):
+        client.execute("BACKUP")
+
+
+def test_ttl_when_it_is_endless_then_the_key_never_expires(client: KVStoreClient) -> None:
+    """What ``ttl`` tells of a key can be given to another."""
+    client.set("k", 1, ttl_s=math.inf)
+
+    assert client.ttl("k") == math.inf
+    with pytest.raises(BadRequestError, match="persist"):
+        client.expire("k", math.inf)
+
+
+def test_client_when_given_one_text_of_nodes_then_takes_it_apart(cluster: FakeCluster) -> None:
+    """As on the command lines."""
+    with KVStoreClient(",".join(cluster.addresses)) as client:
+        client.set("k", 1)
+
+        assert client.get("k") == 1
+
+
 def test_client_when_closed_then_says_so(cluster: FakeCluster) -> None:
     """No call silently opens new connections after close."""
     client = KVStoreClient(cluster.addresses)

@@ -359,6 +359,35 @@ def test_language_when_first_byte_is_no_star_then_lines_for_good() -> None:
     assert parser.language == "lines"
 
 
+@pytest.mark.parametrize(
+    ("begin", "language"),
+    [
+        (b"PING\r\n", "resp"),
+        (b"PING\r\nGET k\r\n", "resp"),
+        (b"PING\n", "lines"),
+        (b"ping\r\n", "lines"),
+        (b"PING x\r\n", "lines"),
+        (b"PI\n", "lines"),
+        (b"P", None),
+        (b"PING\r", None),
+    ],
+)
+def test_language_when_a_health_check_begins_with_ping_then_resp(
+    begin: bytes, language: str | None
+) -> None:
+    """As HAProxy's and redis-benchmark's: an inline request, and ``+PONG`` is expected."""
+    for chunks in ([begin], pieces(begin, 1)):
+        parser = RequestParser(MEBIBYTE)
+        taken: list[object] = []
+        for chunk in chunks:
+            parser.feed(chunk)
+            taken += parser.take()
+
+        assert parser.language == language
+        assert parser.has_partial is (language is None)
+        assert bool(taken) is (language is not None)
+
+
 def test_language_when_nothing_has_come_then_open() -> None:
     """Until the first byte the server can't know how to talk."""
     parser = RequestParser(MEBIBYTE)

@@ -6,6 +6,7 @@ Rule: a test says what it sends as bytes where bytes are what it is about; other
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shutil
 import signal
@@ -28,7 +29,7 @@ import kv_store_server
 from cluster_manager import SERVER_SCRIPT
 from cluster_nodes import free_ports
 from kv_config import Address
-from kv_errors import KVError
+from kv_errors import BadRequestError, KVError
 from raft_types import Identity, Member, Membership
 from tests.cluster import (
     SHORT_TIMERS,
@@ -209,6 +210,88 @@ def test_hello_when_it_asks_for_a_version_then_the_connection_speaks_it(single: 
         assert connection.sock.recv(100) == b"_\r\n"  # null in RESP3
 
 
+@pytest.mark.parametrize(
+    ("request_", "reply"),
+    [
+        ("HELLO abc", "ERR Protocol version is not an integer or out of range"),
+        ("HELLO 9", "NOPROTO unsupported protocol version"),
+        ("WAIT x 1", "ERR value is not an integer or out of range"),
+        ("WAIT 1 x", "ERR timeout is not an integer or out of range"),
+        ("CLIENT ID x", "ERR wrong number of arguments for 'client|id' command"),
+        ("CONFIG FOO", "ERR unknown subcommand 'FOO'. Try CONFIG HELP."),
+        ("CONFIG SET save x", "ERR settings are changed on the command line"),
+        ("BACKUP", "ERR BACKUP is for the line language"),
+    ],
+)
+def test_request_when_wrong_then_the_error_is_redis_own(
+    single: Cluster, request_: str, reply: str
+) -> None:
+    """Whoever reads error texts, as some clients do, reads what they know."""
+    with single.resp("node1") as connection:
+        connection.send(*request_.split())
+
+        assert connection.sock.recv(200).startswith(f"-{reply}".encode())
+        connection.send("PING")
+        assert connection.sock.recv(200) == b"+PONG\r\n"
+
+
+def test_command_when_asked_about_then_it_speaks_of_flags_that_redis_knows(
+    single: Cluster,
+) -> None:
+    """And not of what only servers write."""
+    with single.resp("node1") as connection:
+        connection.send("FLUSHALL")
+        connection.send("SET", "forever", "1")
+        connection.send("SET", "expiring", "1", "EX", "100")
+        connection.send("COMMAND", "INFO", "get", "purge")
+        connection.send("INFO", "keyspace")
+        connection.send("CONFIG", "RESETSTAT")
+        connection.send("CLIENT", "HELP")
+        *_, info, keyspace, reset, help_ = itertools.islice(connection.replies(), 7)
+
+    assert isinstance(info, list)
+    assert info[1] is None
+    assert info[0][2] == ["readonly", "fast"]
+    assert isinstance(keyspace, bytes) and b"keys=2,expires=1," in keyspace
+    assert reset == "OK"
+    assert isinstance(help_, list) and "SETNAME" in help_
+
+
+def test_transaction_when_sent_then_nothing_of_it_is_done(single: Cluster) -> None:
+    """redis-py's pipeline is one by default; to do its commands one by one would be a surprise."""
+    _, port = single.address("node1")
+    with redis.Redis(port=port) as client:
+        pipeline = client.pipeline().set("multi:a", "1").incr("multi:b")
+
+        with pytest.raises(redis.RedisError, match="MULTI is not supported"):
+            pipeline.execute()
+
+        assert client.exists("multi:a", "multi:b") == 0
+        assert client.pipeline(transaction=False).set("multi:a", "1").execute() == [True]
+
+
+def test_start_when_the_host_is_of_ipv6_then_clients_and_peers_reach_it(
+    run: Callable[..., Process],
+) -> None:
+    """The settings accept it, so it has to work."""
+    (port,) = free_ports(1)
+    flags = ("--primary", "--host", "::1", "--port", str(port), "--join", f"[::1]:{port}")
+    run(*flags, "--data-dir", "data", *SHORT_TIMERS).await_output("serving")
+
+    assert ask(("::1", port), "SET k 1")["status"] == "OK"
+
+
+def test_start_when_the_address_is_not_this_hosts_then_it_says_so_and_not_of_the_port(
+    run: Callable[..., Process],
+) -> None:
+    """Another port would not help."""
+    process = run("--primary", "--host", "192.0.2.1", "--port", "1", "--advertise-host", "x")
+
+    assert process.exit_status() == EXIT_CONFIG
+    assert "can't listen on 192.0.2.1:1" in process.output
+    assert "an address of this host" in process.output
+
+
 def _tool(name: str) -> str:
     path = shutil.which(name)
     if path is None:
@@ -243,7 +326,8 @@ def test_redis_benchmark_when_run_then_it_measures(single: Cluster) -> None:
     _, port = single.address("node1")
     command = [_tool("redis-benchmark"), "-p", str(port), "-q", "-n", "500", "-c", "5"]
 
-    for more in (["-t", "set,get,incr,mset"], ["-t", "set", "-P", "16"]):
+    # The first is what it begins with when no test is named: an inline PING.
+    for more in (["-t", "ping,set,get,incr,mset"], ["-t", "set", "-P", "16"]):
         run = subprocess.run(
             [*command, *more], capture_output=True, text=True, timeout=60, check=True
         )
@@ -578,6 +662,21 @@ def test_request_when_too_large_then_it_is_refused_before_it_is_held_in_memory(
     assert answer.startswith((b"-ERR", b'{"status": "ERROR"')), answer
     assert process.memory_info().rss - before_bytes < GROWTH_BYTES_MAX
     assert single.ask("node1", "PING")["status"] == "OK"
+
+
+@pytest.mark.parametrize("size_bytes", [REQUEST_BYTES_MAX + 1, 40 * REQUEST_BYTES_MAX])
+def test_request_when_too_large_then_the_client_library_is_told_so_at_once(
+    single: Cluster, size_bytes: int
+) -> None:
+    """The node closes while the client still sends: it has to look for the reason, and not to
+    take the end of the connection for a node that has gone."""
+    began_s = time.monotonic()
+    with single.client(timeout_s=30.0) as client:
+        with pytest.raises(BadRequestError, match="larger than"):
+            client.set("big", "x" * size_bytes)
+
+        client.set("small", "x")
+    assert time.monotonic() - began_s < 15.0
 
 
 def test_request_when_just_below_the_limit_then_it_is_done(single: Cluster) -> None:
