@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import math
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +28,7 @@ from kv_errors import (
     NoSpaceError,
     OutcomeUnknownError,
 )
+from kv_protocol import encode_request
 from kv_types import OK, Reply
 from tests.fake_cluster import FakeCluster, FakeNode, Fault, free_address, silent_listener, unknown
 
@@ -671,6 +674,26 @@ def test_ttl_when_it_is_endless_then_the_key_never_expires(client: KVStoreClient
     assert client.ttl("k") == math.inf
     with pytest.raises(BadRequestError, match="persist"):
         client.expire("k", math.inf)
+
+
+def test_node_that_closes_on_a_request_when_it_said_why_then_that_is_the_answer(
+    client: KVStoreClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hung up while the client was sending; what it had said before is there to be read."""
+    send = kv_client._Connection.send
+
+    def hung_up_on(connection: kv_client._Connection, data: bytes, deadline: float) -> None:
+        if b"CAS" not in data:
+            send(connection, data, deadline)
+            return
+        send(connection, encode_request([b"CAS", b"too", b"few"]), deadline)
+        connection._socket.recv(1, socket.MSG_PEEK)  # the error has arrived
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(kv_client._Connection, "send", hung_up_on)
+
+    with pytest.raises(BadRequestError, match="wrong number of arguments"):
+        client.cas("k", "v", 0)
 
 
 def test_client_when_given_one_text_of_nodes_then_takes_it_apart(cluster: FakeCluster) -> None:

@@ -679,6 +679,16 @@ def test_request_when_too_large_then_the_client_library_is_told_so_at_once(
     assert time.monotonic() - began_s < 15.0
 
 
+def test_request_when_too_large_then_who_still_sends_can_send_all_of_it(single: Cluster) -> None:
+    """Most clients read no answer before they have sent the request: a reset would be all they see."""
+    with socket.create_connection(single.address("node1"), timeout=10) as sock:
+        sock.sendall(b"*3\r\n$3\r\nSET\r\n$1\r\nk\r\n$30000000\r\n")
+        for _ in range(30):
+            sock.sendall(bytes(1_000_000))
+
+        assert sock.recv(100).startswith(b"-ERR")
+
+
 def test_request_when_just_below_the_limit_then_it_is_done(single: Cluster) -> None:
     """The limit is what it says."""
     value = b"x" * (REQUEST_BYTES_MAX - 1000)
