@@ -15,8 +15,8 @@ Thread ``main`` calls everything here; a pool asks all nodes at once. The nodes'
 from __future__ import annotations
 
 import argparse
-import functools
 import json
+import os
 import signal
 import sys
 import threading
@@ -24,7 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Final
 
@@ -47,6 +47,7 @@ from cluster_nodes import (
     Record,
     RefusedError,
     Report,
+    Restarts,
     Spawn,
     ask,
     counted,
@@ -72,11 +73,10 @@ HAND_OVER_TIMEOUT_S: Final = 15.0  # so long it is asked for again while the pri
 REFUSED_FOR_NOW: Final = ("BUSY", "NO_PRIMARY", "NOT_PRIMARY")
 WATCH_S: Final = 0.5
 NOT_RUNNING: Final = "The cluster is not running."
+DIALLED_PORTS_FROM: Final = 32768  # Linux' default
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
-BACKOFF_S_MAX: Final = 30.0
-STABLE_S: Final = 60.0  # a node that ran so long starts with a fresh back-off
 
-# ---- What is waited for, and when a node is started again ----------------------------------------
+# ---- What is waited for --------------------------------------------------------------------------
 
 
 def _waiting(status: ClusterStatus, node_ids: Iterable[str], committed: int) -> str:
@@ -110,28 +110,6 @@ def _risk(status: ClusterStatus, without: str, *, voters: int) -> str:
     return f"it takes {needed} of {counted(voters, 'voter')}, and {left} would be left"
 
 
-@dataclass(slots=True)
-class _Restarts:
-    """When a node that dies is started again: at once, then after 1, 2, 4 ... 30 s.
-
-    The pause grows while the node dies soon after it was started, so that a node that cannot run
-    does not fill the disk with its log.
-    """
-
-    pause_s: float = 0.0  # before the next restart
-    due: float | None = None  # clock time; None while the node runs
-    started: float = 0.0
-    given_up: bool = False
-
-    def died(self, now: float) -> float:
-        """The pause before the restart that is now due."""
-        if now - self.started >= STABLE_S:
-            self.pause_s = 0.0
-        pause_s, self.pause_s = self.pause_s, min(BACKOFF_S_MAX, max(1.0, 2 * self.pause_s))
-        self.due = now + pause_s
-        return pause_s
-
-
 class NodeError(ManagerError):
     """One node cannot go on as it is."""
 
@@ -150,6 +128,8 @@ class RemovedError(NodeError):
 def verify(path: Path) -> str:
     """What a backup holds, in words. Raises ManagerError if it is not intact to the last byte."""
     try:
+        if not path.is_file():
+            raise ManagerError(f"{path} is no file")
         header = verify_stream(path)
     except (StateDbError, OSError) as error:
         raise ManagerError(str(error)) from error
@@ -182,7 +162,7 @@ class ClusterManager:
         nodes: int | None = None,
         base_port: int | None = BASE_PORT_DEFAULT,
         data_dir: Path = Path("data"),
-        server_args: Sequence[str] = (),
+        server_args: Sequence[str] | None = None,
         *,
         spawn: Spawn = psutil.Popen,
         clock: Callable[[], float] = time.monotonic,
@@ -197,7 +177,7 @@ class ClusterManager:
         self._processes = Processes(spawn, clock, stop_timeout_s)
         program = (python, str(server_script))
         self._local = LocalNodes(nodes, base_port, data_dir, server_args, program, self._processes)
-        self._restarts: defaultdict[str, _Restarts] = defaultdict(_Restarts)  # by node id
+        self._restarts: defaultdict[str, Restarts] = defaultdict(Restarts)  # by node id
 
     @property
     def nodes(self) -> tuple[Node, ...]:
@@ -207,6 +187,11 @@ class ClusterManager:
     def addresses(self) -> tuple[Address, ...]:
         """Where clients find the nodes."""
         return tuple(node.address for node in self.nodes)
+
+    @property
+    def is_founded(self) -> bool:
+        """Whether a cluster was founded in this data directory."""
+        return self._local.record is not None
 
     def node(self, node_id: str) -> Node:
         return self._local.node(node_id)
@@ -291,9 +276,15 @@ class ClusterManager:
         for node in missing:
             for port, users in ((node.port, "clients"), (node.peer_port, "peers")):
                 if not is_free(node.listen_host, port):
+                    hint = "end that process, or give another --base-port"
+                    if port >= DIALLED_PORTS_FROM:
+                        hint += (
+                            f" (below {DIALLED_PORTS_FROM - PEER_PORT_OFFSET}: the system gives "
+                            f"ports from {DIALLED_PORTS_FROM} on to connections that are dialled)"
+                        )
                     raise ManagerError(
                         f"port {port} ({node.node_id}, for {users}) is in use by "
-                        f"{port_user(port)}: end that process, or give another --base-port"
+                        f"{port_user(port)}: {hint}"
                     )
         nobody = len(missing) == len(self.nodes) and not any(n.holds_data() for n in self.nodes)
         if self._local.record and nobody and not self.nodes[0].in_memory:
@@ -346,8 +337,11 @@ class ClusterManager:
 
     def _pause(self, deadline: float, waiting: str) -> None:
         if self._clock() > deadline:
-            logs = self.data_dir / "node*.log"
-            raise ManagerError(f"the cluster is not ready in time: {waiting} (see {logs})")
+            stuck = [node for node in self.nodes if waiting.startswith(f"{node.node_id} ")]
+            more = f"See {self.data_dir / 'node*.log'}."
+            if stuck and stuck[0].log.exists():
+                more = self._processes.log_end(stuck[0])
+            raise ManagerError(f"the cluster is not ready in time: {waiting}. {more}")
         time.sleep(POLL_S)
 
     def _check_alive(self, nodes: Iterable[Node]) -> None:
@@ -388,6 +382,8 @@ class ClusterManager:
         with self._local.exclusively():
             if not any(self._processes.find(node) for node in self.nodes):
                 report(NOT_RUNNING)
+                if any(node.alive for node in self._local.status().nodes):
+                    report(f"(What answers on its ports was not started from {self.data_dir}.)")
             else:
                 # The primary last, so that no election is held among nodes that are about to stop.
                 primary = self._local.status().primary
@@ -763,7 +759,7 @@ actions:
   restart   one node after the other while the rest serves: what is down, the secondaries, the
             primary after it has handed over. Ends where a majority would be at risk
   monitor   stay in the foreground, restart nodes that die (after 0, 1, 2, 4 ... 30 s) and show the
-            status live; starts the cluster if nothing runs. Ctrl-C leaves the nodes running
+            status live; resumes the cluster if nothing runs. Ctrl-C leaves the nodes running
   add       --node-id NAME [--learner]: one more node, on the next free port; returns once it is a
             voter, or a learner that has caught up. If that fails, it is taken back
   remove    --node-id NAME: a member no more; its process ends, its directory is set aside
@@ -787,10 +783,12 @@ examples:
   %(prog)s --action restore --from monday.kv --data-dir elsewhere --base-port 7000
 
 The nodes run on when this program ends. Their output is in DIR/node1.log and so on.
-What stands after -- is given to every node that is started; kv_store_server.py --help lists it.
+What stands after -- is given to every node that is started (kv_store_server.py --help lists it), and
+remembered for later starts, until something else stands there; -- with nothing behind it is nothing.
 
 exit status: 0 done (status: a majority is healthy), 1 failed (status: it is not), 2 wrong
-arguments, 130 interrupted by Ctrl-C: a start or an add has then taken back what it had started.
+arguments, 130 interrupted by Ctrl-C: a founding or an add has then taken back what it had started,
+and nodes of a cluster that was there before run on.
 """
 
 ACTIONS: Final = (
@@ -830,7 +828,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--base-port", type=int, metavar="PORT", help=f"{ports} {default}")
     add("--data-dir", type=Path, default=Path("data"), metavar="DIR", help="(default: data)")
     limit = "how long to wait for a node or a change (default: %(default)g)"
-    add("--timeout", type=float, default=START_TIMEOUT_S, metavar="SECONDS", help=limit)
+    add("--timeout", type=_seconds, default=START_TIMEOUT_S, metavar="SECONDS", help=limit)
     add("--node-id", metavar="NAME", help="with add, remove, replace: which node")
     add("--learner", action="store_true", help="with add: a read copy, which never votes")
     add("--to", metavar="NAME|FILE", help="with failover: who is to lead; with backup: the file")
@@ -839,6 +837,13 @@ def _parser() -> argparse.ArgumentParser:
     add("file", metavar="FILE", type=Path, nargs="?", help="with verify: a file of backup's")
     add("--json", action="store_true", help="with status: JSON instead of a table")
     return parser
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
 
 
 def _check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -858,12 +863,15 @@ def main(argv: Sequence[str], server_script: Path = SERVER_SCRIPT) -> int:
     words = list(argv)
     split = words.index("--") if "--" in words else len(words)
     parser = _parser()
-    options = parser.parse_args(words[:split])
+    options, unknown = parser.parse_known_args(words[:split])
+    if unknown:
+        hint = "what is meant for the servers stands behind --"
+        parser.error(f"unrecognized arguments: {' '.join(unknown)} ({hint})")
     _check_options(parser, options)
     base_port = options.base_port
     try:
         if options.action == "verify":
-            print(f"{options.file} is intact: {verify(options.file)}.")
+            _say(f"{options.file} is intact: {verify(options.file)}.")
             return 0
         if base_port is None and Record.load(options.data_dir / RECORD_NAME) is None:
             base_port = BASE_PORT_DEFAULT
@@ -871,7 +879,7 @@ def main(argv: Sequence[str], server_script: Path = SERVER_SCRIPT) -> int:
             options.nodes,
             base_port,
             options.data_dir,
-            words[split + 1 :],
+            words[split + 1 :] if "--" in words else None,
             server_script=server_script,
             start_timeout_s=options.timeout,
         )
@@ -883,12 +891,20 @@ def main(argv: Sequence[str], server_script: Path = SERVER_SCRIPT) -> int:
         print(f"cluster_manager: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("cluster_manager: interrupted", file=sys.stderr)
+        print("cluster_manager: interrupted; --action status shows what runs", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 
+def _say(text: str) -> None:
+    """A line of the result. That nobody reads any more is no reason to stop half-way."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _act(manager: ClusterManager, options: argparse.Namespace) -> int:
-    report = functools.partial(print, flush=True)
+    report = _say
     progress = _progress() if sys.stderr.isatty() else _nothing
     match options.action:
         case "status":
@@ -905,7 +921,10 @@ def _act(manager: ClusterManager, options: argparse.Namespace) -> int:
         case "restart":
             manager.restart(report, progress)
         case "monitor":
-            # It needs something to watch.
+            if not manager.is_founded:
+                raise ManagerError(
+                    f"there is no cluster in {manager.data_dir} to watch: --action start founds one"
+                )
             if not any(node.alive for node in manager.status().nodes):
                 manager.start(report, progress)
             _monitor(manager)
@@ -955,7 +974,7 @@ def _monitor(manager: ClusterManager) -> None:
                     show=lambda status: live.update(picture(status), refresh=True),
                 )
         else:
-            manager.monitor(functools.partial(print, flush=True))
+            manager.monitor(_say)
     except KeyboardInterrupt:
         print("The monitor ends; the nodes keep running (--action stop stops them).")
 

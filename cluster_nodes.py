@@ -41,6 +41,7 @@ from kv_config import (
     format_address,
     parse_settings,
 )
+from raft_types import VOTERS_MAX
 
 Report = Callable[[str], object]
 Spawn = Callable[..., psutil.Popen]
@@ -55,6 +56,8 @@ RELEASE_S: Final = 1.0
 LOCK_TIMEOUT_S: Final = 5.0
 NODES_DEFAULT: Final = 3
 RECORD_NAME: Final = "cluster.json"
+BACKOFF_S_MAX: Final = 30.0
+STABLE_S: Final = 60.0  # a node that ran so long starts with a fresh back-off
 RECORD_FORMAT: Final = 2  # 1 had a number of nodes instead of the nodes
 LOG_LINES_SHOWN: Final = 15
 LOG_BYTES_READ: Final = 64 * 1024
@@ -175,6 +178,7 @@ class Record:
     cluster_id: str
     base_port: int
     places: Mapping[str, Place]  # by node id
+    server_args: tuple[str, ...] = ()  # that every node was last started with
 
     @staticmethod
     def load(path: Path) -> Record | None:
@@ -189,7 +193,8 @@ class Record:
                 str(node_id): Place(int(place["port"]), bool(place["learner"]))
                 for node_id, place in record["nodes"].items()
             }
-            return Record(str(record["cluster_id"]), int(record["base_port"]), places)
+            server_args = tuple(map(str, record.get("server_args", ())))
+            return Record(str(record["cluster_id"]), int(record["base_port"]), places, server_args)
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -201,7 +206,8 @@ class Record:
     def save(self, path: Path) -> None:
         nodes = {node_id: place._asdict() for node_id, place in self.places.items()}
         record = {"format": RECORD_FORMAT, "cluster_id": self.cluster_id}
-        write_durably(path, {**record, "base_port": self.base_port, "nodes": nodes})
+        record |= {"base_port": self.base_port, "server_args": self.server_args, "nodes": nodes}
+        write_durably(path, record)
 
 
 @dataclass(frozen=True, slots=True)
@@ -393,6 +399,9 @@ def picture(status: ClusterStatus) -> Group:
         )
     lines = [f"{node.node_id} {node.problem}." for node in status.nodes if node.problem]
     lines += [f"{node.node_id} reports: {node.trouble}." for node in status.nodes if node.trouble]
+    strangers = [node.node_id for node in status.nodes if node.role and node.pid is None]
+    if strangers:
+        lines.append(f"{', '.join(strangers)}: not started from this --data-dir by the manager.")
     if status.healthy:
         lines.append(f"Healthy: {status.primary} is primary; {status.tolerance}.")
     else:
@@ -708,6 +717,28 @@ class Processes:
             return replace(seen, problem=f"does not answer on port {node.port}: {error}")
 
 
+@dataclass(slots=True)
+class Restarts:
+    """When a node that dies is started again: at once, then after 1, 2, 4 ... 30 s.
+
+    The pause grows while the node dies soon after it was started, so that a node that cannot run
+    does not fill the disk with its log.
+    """
+
+    pause_s: float = 0.0  # before the next restart
+    due: float | None = None  # clock time; None while the node runs
+    started: float = 0.0
+    given_up: bool = False
+
+    def died(self, now: float) -> float:
+        """The pause before the restart that is now due."""
+        if now - self.started >= STABLE_S:
+            self.pause_s = 0.0
+        pause_s, self.pause_s = self.pause_s, min(BACKOFF_S_MAX, max(1.0, 2 * self.pause_s))
+        self.due = now + pause_s
+        return pause_s
+
+
 # ---- The nodes of a data directory ---------------------------------------------------------------
 
 
@@ -723,13 +754,16 @@ class LocalNodes:
         count: int | None,
         base_port: int | None,
         data_dir: Path,
-        server_args: Sequence[str],
+        server_args: Sequence[str] | None,
         program: Sequence[str],
         processes: Processes,
     ) -> None:
-        if count is not None and count < 1:
-            raise ConfigError(f"--nodes: a cluster has at least one node, not {count}")
-        for word in server_args:
+        if count is not None and not 1 <= count <= VOTERS_MAX:
+            raise ConfigError(
+                f"--nodes: a cluster has 1 to {VOTERS_MAX} voters, not {count}; copies that only "
+                "read can be added (--action add --learner)"
+            )
+        for word in server_args or ():
             if (flag := word.partition("=")[0]) in OWN_FLAGS:
                 raise ConfigError(f"{flag} is given to each node by the manager: leave it out")
         self.data_dir = data_dir
@@ -737,7 +771,8 @@ class LocalNodes:
         self.processes = processes
         self._count = count
         self._base_port = base_port
-        self._server_args = tuple(server_args)
+        self._given_args = None if server_args is None else tuple(server_args)
+        self._server_args: tuple[str, ...] = ()
         self._program = tuple(program)
         self.record: Record | None = None
         self.nodes: tuple[Node, ...] = ()
@@ -746,6 +781,8 @@ class LocalNodes:
     def load(self) -> None:
         """Read the record (again: another manager may have changed it)."""
         self.record = Record.load(self.record_path)
+        remembered = self.record.server_args if self.record else ()
+        self._server_args = remembered if self._given_args is None else self._given_args
         if self.record is None:
             count = self._count or NODES_DEFAULT
             if self._base_port is None:
@@ -858,7 +895,7 @@ class LocalNodes:
     def founded(self, cluster_id: str) -> None:
         """Record that these nodes belong to that cluster."""
         assert self._base_port is not None
-        record = Record(cluster_id, self._base_port, self._places())
+        record = Record(cluster_id, self._base_port, self._places(), self._server_args)
         if record != self.record:
             record.save(self.record_path)
             self.record = record
@@ -870,7 +907,7 @@ class LocalNodes:
         assert self.record is not None
         self._count = None  # what was asked for at the beginning no longer counts
         in_order = dict(sorted(places.items(), key=lambda item: item[1].port))
-        self.record = replace(self.record, places=in_order)
+        self.record = replace(self.record, places=in_order, server_args=self._server_args)
         self.record.save(self.record_path)
         self.nodes = tuple(self.place(node_id, place) for node_id, place in in_order.items())
 
@@ -883,6 +920,8 @@ class LocalNodes:
         command += ["--learner"] if node.learner else []
         command += ["--primary"] if founds else []
         command += [f"--restore-from={restore_from.resolve()}"] if restore_from else []
+        if self.record is not None and self.record.server_args != self._server_args:
+            self._save(self._places())  # the next start, by whomever, is to be like this one
         return self.processes.start(node, command)
 
     def status(self) -> ClusterStatus:

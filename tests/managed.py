@@ -30,7 +30,7 @@ class Cluster(ClusterManager):
 
     def __init__(self, data_dir: Path, nodes: int | None = 3, base_port: int | None = None, **more):
         more = {"server_script": FAKE_NODE, "start_timeout_s": 20.0, **more}
-        super().__init__(nodes, base_port, data_dir, more.pop("server_args", ()), **more)
+        super().__init__(nodes, base_port, data_dir, more.pop("server_args", None), **more)
         self.said: list[str] = []
 
     @property

@@ -631,9 +631,12 @@ def test_monitor_when_a_node_is_killed_then_restarts_it(make):
 def test_monitor_when_interrupted_then_says_that_the_nodes_keep_running(make):
     """Ctrl-C ends the watching, not what is watched."""
     cluster = make(nodes=1)
-    argv = ("--action", "monitor", "--nodes", 1, "--base-port", cluster.base_port)
+    cluster.begin()
+    cluster.end()
     watching = subprocess.Popen(
-        command(*argv, "--data-dir", cluster.data_dir), stdout=subprocess.PIPE, text=True
+        command("--action", "monitor", "--data-dir", cluster.data_dir),
+        stdout=subprocess.PIPE,
+        text=True,
     )
     assert watching.stdout is not None
     while "successfully" not in watching.stdout.readline():
@@ -646,6 +649,15 @@ def test_monitor_when_interrupted_then_says_that_the_nodes_keep_running(make):
     assert watching.returncode == 0
     assert stdout.endswith("the nodes keep running (--action stop stops them).\n")
     assert cluster.running() == ["node1"]
+
+
+def test_monitor_when_there_is_no_cluster_then_founds_none(tmp_path: Path):
+    """A mistyped directory is no wish for another cluster."""
+    done = run("--action", "monitor", "--data-dir", tmp_path / "mistyped")
+
+    assert done.returncode == 1
+    assert "there is no cluster in" in done.stderr and "--action start founds one" in done.stderr
+    assert not (tmp_path / "mistyped").exists()
 
 
 class Dead:
@@ -768,7 +780,10 @@ def test_help_when_asked_then_explains_every_action_and_exit_status(capsys):
         (["--action", "explode"], "invalid choice: 'explode'"),
         ([], "required: --action"),
         (["--act", "start"], "required: --action"),
-        (["--action", "start", "--nodes", "0"], "at least one node, not 0"),
+        (["--action", "start", "--nodes", "0"], "1 to 7 voters, not 0"),
+        (["--action", "start", "--nodes", "8"], "1 to 7 voters, not 8; copies that only read can"),
+        (["--action", "start", "--timeout", "-1"], "argument --timeout: invalid"),
+        (["--action", "start", "--fsync", "no"], "--fsync (what is meant for the servers stands"),
         (["--action", "start", "--base-port", "55534"], "port for peers would be 65536"),
         (["--action", "start", "--", "--prot", "1"], "did you mean '--port'?"),
         (["--action", "start", "--", "--fsync", "maybe"], "--fsync: expected always or no"),
@@ -823,6 +838,73 @@ def test_server_flags_when_given_after_dashes_then_reach_every_node(make):
     [argv] = cluster.argv("node1")
     assert argv[-3:] == ["--replication", "async", "--primary"]
     assert f"--join=127.0.0.1:{cluster.base_port}" in argv
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_server_flags_when_given_once_then_are_given_to_every_later_start(make):
+    """A restart without them would change the cluster behind everyone's back."""
+    cluster = make(nodes=1)
+    shape = ("--nodes", 1, "--base-port", cluster.base_port, "--data-dir", cluster.data_dir)
+    assert run("--action", "start", *shape, "--", "--replication", "async").returncode == 0
+
+    def flags_of_next_start(*more: str) -> list[str]:
+        cluster.end()
+        assert run("--action", "start", "--data-dir", cluster.data_dir, *more).returncode == 0
+        own = ("--node-id", "--port", "--peer-port", "--data-dir", "--join")
+        return [word for word in cluster.argv("node1")[-1] if not word.startswith(own)]
+
+    assert flags_of_next_start() == ["--replication", "async"]
+    assert cluster.status().healthy
+    cluster.kill_node("node1")
+    cluster.start_node("node1")
+    assert cluster.argv("node1")[-1][-2:] == ["--replication", "async"]
+    assert flags_of_next_start("--", "--fsync", "no") == ["--fsync", "no"]
+    assert flags_of_next_start() == ["--fsync", "no"]
+    assert flags_of_next_start("--") == []
+    assert flags_of_next_start() == []
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_nodes_when_started_from_elsewhere_then_status_and_stop_say_so(make, tmp_path: Path):
+    """From the wrong directory a cluster that runs looks like one's own."""
+    cluster = make(nodes=1)
+    cluster.begin()
+    shape = ("--nodes", 1, "--base-port", cluster.base_port, "--data-dir", tmp_path / "other")
+    (tmp_path / "other").mkdir()
+
+    status, stop = run("--action", "status", *shape), run("--action", "stop", *shape)
+
+    assert "node1: not started from this --data-dir by the manager." in status.stdout
+    assert "(What answers on its ports was not started from" in stop.stdout
+    assert cluster.running() == ["node1"]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_start_when_nobody_reads_what_it_says_then_it_goes_on(make):
+    """``--action start | head -1`` is no interruption."""
+    cluster = make(nodes=1)
+    reader, writer = os.pipe()
+    os.close(reader)
+
+    done = subprocess.run(
+        command("--action", "start", *cluster.shape), stdout=writer, timeout=60, check=False
+    )
+    os.close(writer)
+
+    assert done.returncode == 0
+    assert cluster.running() == ["node1"]
+
+
+def test_verify_when_it_is_no_file_then_says_so(tmp_path: Path):
+    """To read from a pipe would wait for ever."""
+    os.mkfifo(tmp_path / "pipe")
+
+    done = run("--action", "verify", tmp_path / "pipe")
+
+    assert (done.returncode, done.stderr) == (1, f"cluster_manager: {tmp_path}/pipe is no file\n")
 
 
 def test_free_ports_when_asked_then_gives_a_row_with_room_for_peers():
