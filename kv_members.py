@@ -120,7 +120,7 @@ def address_fields(member: Member) -> dict[str, object]:
 
 
 def change_members(node: RaftNode, argv: Argv) -> Reply:
-    """MEMBER LIST, JOIN and REMOVE, as JSON. Raises KVError."""
+    """MEMBER LIST, ADD, JOIN and REMOVE, as JSON. Raises KVError."""
     subcommand = argv[1].upper()
     if subcommand == b"LIST" and len(argv) == 2:
         return json.dumps({"members": [_member_fields(m) for m in node.status().members]}).encode()

@@ -366,6 +366,21 @@ def test_thread_that_dies_then_takes_the_process_with_it(tmp_path: Path, during:
     trio.stop()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_core_when_it_contradicts_itself_then_the_process_ends(tmp_path: Path) -> None:
+    """A node with a bug, or bad memory, says so and ends before it spoils others (raft-traps T71)."""
+    trio = Trio(tmp_path, QUICK, count=1).start()
+    server = trio.leader()
+    core = server.node._core
+
+    with server.node._lock:
+        core.commit_index = core.log.last_index + 1
+
+    eventually(lambda: server.fatal, "the process is told to end")
+    assert isinstance(server.fatal[0], AssertionError)
+    trio.stop()
+
+
 def _try_to_set(server: Server) -> None:
     with contextlib.suppress(KVError, OSError):
         server.set("k", "v")

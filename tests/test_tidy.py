@@ -365,6 +365,26 @@ def test_threads_in_the_guide_are_the_threads_in_the_code() -> None:
     assert in_guide - {"main"} == in_code
 
 
+def test_testing_guide_names_tests_and_code_that_exist() -> None:
+    """A page that says what holds a rule is only believed as long as its names can be found."""
+    guide = (ROOT / "docs" / "TESTING_GUIDE.md").read_text()
+    files = [*SOURCES, *(ROOT / "tests").glob("*.py")]
+    text = "\n".join(path.read_text() for path in files)
+    modules = {path.stem for path in files}
+    tests = set(re.findall(r"`(test_\w+)`", guide))
+    code = re.findall(r"`([A-Za-z]\w*)\.(?!(?:py|txt|md|c|db|jsonl)`)(\w+)(?:\.(\w+))?`", guide)
+
+    unknown = sorted(t for t in tests if t not in modules and f"def {t}(" not in text)
+    for owner, *names in code:
+        if owner not in modules and f"class {owner}" not in text:
+            unknown.append(owner)
+        unknown += [n for n in names if n and not re.search(rf"\b{n}\b(?:\(|:| =)", text)]
+
+    assert len(tests) > 100
+    assert len(code) > 20
+    assert unknown == []
+
+
 def test_changelog_has_a_place_for_the_next_change() -> None:
     """A commit that users notice adds its line under Unreleased."""
     changelog = (ROOT / "CHANGELOG.md").read_text()
