@@ -820,7 +820,7 @@ class RaftNode:
         message = self._core.append_for(member_id)
         if isinstance(message, SnapshotDue):
             self._core.snapshot_started(member_id)
-            self._keeper.want(member_id)
+            self._keeper.want(member_id, self._core.progress[member_id].match_index)
             message = self._core.append_for(member_id)
             assert not isinstance(message, SnapshotDue)
         return message

@@ -263,14 +263,15 @@ class StateKeeper:
                 self._outgoing.clear()
                 self._due.notify()
 
-    def want(self, member_id: MemberId) -> None:
-        """This follower needs entries that the log no longer holds."""
+    def want(self, member_id: MemberId, match_index: int) -> None:
+        """This follower, whose log agrees up to ``match_index``, needs what the log has dropped."""
         with self._lock:
-            if self._is_pinned_locked(member_id):
+            installed_index, _ = self._installed.get(member_id, (0, 0.0))
+            if self._is_pinned_locked(member_id) and match_index <= installed_index:
                 self._behind_s[member_id] = time.monotonic()
-                log.error(
-                    "member=%s can't keep up: while it installed a state, the log went beyond what "
-                    "it needs next; it begins anew. Give more --max-log.",
+                log.warning(
+                    "member=%s can't keep up: the log went beyond what it needs after the state that "
+                    "it has just installed; it begins anew. Give more --max-log.",
                     member_id,
                 )
             self._wanted.add(member_id)
@@ -323,22 +324,23 @@ class StateKeeper:
             if outgoing is None or outgoing.snapshot_id != reply.snapshot_id:
                 return
             outgoing.heard_s = time.monotonic()
+            index = None
+            if reply.outcome is SnapshotOutcome.INSTALLED:
+                # At once, for what comes next is to be kept without a gap (see _drop_log).
+                index = outgoing.reader.header.applied_index
+                self._installed[reply.sender] = (index, time.monotonic())
             if reply.outcome is not SnapshotOutcome.MORE:
                 self._over.append(self._outgoing.pop(reply.sender))
                 self._due.notify()
-        index = None
         if reply.outcome is SnapshotOutcome.MORE:
             # An answer that is repeated asks for nothing new.
             if outgoing.offset < reply.received_bytes <= outgoing.reader.size_bytes:
                 outgoing.offset = reply.received_bytes
                 self._send(outgoing, reply.term)
             return
-        if reply.outcome is SnapshotOutcome.INSTALLED:
-            index = outgoing.reader.header.applied_index
+        if index is not None:
             took_s = time.monotonic() - outgoing.began_s
             log.info("snapshot installed by member=%s seconds=%.1f", reply.sender, took_s)
-            with self._lock:
-                self._installed[reply.sender] = (index, time.monotonic())
         self._host.snapshot_ended(reply.sender, index)
 
     def troubles(self, membership: Membership) -> list[str]:

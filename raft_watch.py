@@ -42,6 +42,7 @@ class Lease:
         self._enabled = enabled
         self._election_timeout_min_s = election_timeout_min_s
         self._clock = clock
+        self._noted_round = 0  # the last that is, or was, in the next
         self._started: deque[tuple[int, float]] = deque()  # (round, when it began), unconfirmed
         self._valid_until_s = 0.0
         self._wait_until_s = 0.0
@@ -49,6 +50,7 @@ class Lease:
     def begin(self) -> None:
         """This node has just become the leader."""
         self._started.clear()
+        self._noted_round = 0
         self._valid_until_s = 0.0
         if self._enabled:
             self._wait_until_s = self._clock() + self._election_timeout_min_s
@@ -58,7 +60,8 @@ class Lease:
         if not self._enabled or core.role is not Role.LEADER:
             self._valid_until_s = 0.0
             return
-        if not self._started or self._started[-1][0] < core.round:
+        if self._noted_round < core.round:
+            self._noted_round = core.round
             self._started.append((core.round, self._clock()))
         confirmed = core.confirmed_round
         while self._started and self._started[0][0] <= confirmed:

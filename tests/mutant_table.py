@@ -50,19 +50,19 @@ _FAULT_MODEL = (
         "M3",
         "the driver sends its answers before the write",
         "raft_node.py",
-        "        with self._changing_disk:\n            if ready.log_base is not None:\n",
-        "        with self._lock:\n"
-        "            early = self._post_locked(ready.messages)\n"
-        "        _run(early)\n"
-        "        with self._changing_disk:\n            if ready.log_base is not None:\n",
+        "            with self._changing_disk:\n                hard_state = ready.hard_state\n",
+        "            with self._lock:\n"
+        "                early = self._post_locked(ready.messages)\n"
+        "            _run(early)\n"
+        "            with self._changing_disk:\n                hard_state = ready.hard_state\n",
         ("tests/test_raft_order.py::test_message_when_it_leaves_then_what_it_says_is_on_the_disk",),
     ),
     Mutant(
         "M3-log",
         "an append returns without a sync",
         "replication_log.py",
-        "            self._disk.fdatasync(last.fd)\n        else:",
-        "            pass\n        else:",
+        "        self._write(fd, data, offset, self._disk.pwrite)\n        self._disk.fdatasync(fd)\n",
+        "        self._write(fd, data, offset, self._disk.pwrite)\n",
         (
             "tests/test_replication_log.py::test_append_when_it_returns_then_one_write_and_one_sync_were_made",
         ),

@@ -129,6 +129,14 @@ SET a 3 KEEPTTL -> +OK
 PTTL a -> 1500
 SET a 3 NX EX 99 -> null
 PTTL a -> 1500
+SET a 3 XX -> +OK
+TTL a -> -1
+SET a 3 EX 5 -> +OK
+SET a 4 GET -> "3"
+TTL a -> -1
+SET a 3 EX 5 -> +OK
+SET a 4 IFEQ 3 -> +OK
+TTL a -> -1
 SET b 3 KEEPTTL -> +OK
 TTL b -> -1
 SET a 1 EXAT 1700000007 -> +OK
@@ -840,6 +848,17 @@ def test_deadlines_when_replaced_for_ever_do_not_pile_up(node: Node, line: str) 
         node.do(line)
 
     assert len(node.store._heap) <= 1003
+
+
+def test_due_when_deadlines_were_tidied_up_still_names_the_rest(node: Node) -> None:
+    """The heap is rebuilt now and then: what is in it must be purged all the same (G5)."""
+    for number in range(3000):
+        node.write(b"SET", b"k%d" % number, b"1", b"PX", b"%d" % (number + 1))
+    for number in range(2999):
+        node.do(f"PERSIST k{number}")
+    assert len(node.store._heap) < 2000, "it was rebuilt"
+
+    assert [key for key, _ in node.store.due(NOW + 10_000, 10)] == [b"k2999"]
 
 
 # ---- Memory -------------------------------------------------------------------------------------

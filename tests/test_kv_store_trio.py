@@ -64,10 +64,19 @@ def test_primary_when_it_steps_down_then_it_closes_its_client_connections(trio: 
     assert isinstance(reply, OutcomeUnknownError)
 
 
+def leave_alone(trio: Cluster, node_id: str) -> None:
+    """Kill the others, the primary last: this one is not to lead, not for a moment.
+
+    Who stops leading closes its clients' connections.
+    """
+    primary = trio.primary()
+    trio.kill(*trio.others(node_id, primary), primary)
+
+
 def test_no_primary_when_it_stays_so_then_a_command_is_held_and_refused(trio: Cluster) -> None:
     """R3. Held for 1 to 2 s, then CLUSTERDOWN, which clients retry by themselves."""
     alone = trio.others(trio.primary())[0]
-    trio.kill(*trio.others(alone))
+    leave_alone(trio, alone)
     trio.eventually(lambda: _has_no_primary(trio, alone), "it knows of no primary")
 
     for request in (["GET", "k"], ["SET", "k", "v"]):
@@ -86,18 +95,18 @@ def test_no_primary_when_a_pipeline_changes_between_reads_and_writes_then_it_is_
 ) -> None:
     """Not once for each change: a thousand of them would be held for half an hour."""
     alone = trio.others(trio.primary())[0]
-    trio.kill(*trio.others(alone))
+    leave_alone(trio, alone)
     trio.eventually(lambda: _has_no_primary(trio, alone), "it knows of no primary")
 
     with trio.resp(alone) as connection:
         began_s = time.monotonic()
-        for _ in range(5):
+        for _ in range(20):
             connection.send("GET", "k")
             connection.send("SET", "k", "v")
-        replies = list(itertools.islice(connection.replies(), 10))
+        replies = list(itertools.islice(connection.replies(), 40))
 
     assert all(isinstance(reply, NoPrimaryError) for reply in replies)
-    assert 1.0 < time.monotonic() - began_s < 3.0
+    assert 1.0 < time.monotonic() - began_s < 10.0  # 40 s at least, if each change were held
 
 
 def _has_no_primary(cluster: Cluster, node_id: str) -> bool:
@@ -208,7 +217,7 @@ def test_readonly_when_nobody_can_purge_then_due_keys_are_not_shown_and_others_a
         client.set("short", 1, ttl_s=0.2)
     alone = trio.secondaries()[0]
     trio.in_step()
-    trio.kill(*trio.others(alone))
+    leave_alone(trio, alone)
 
     with trio.resp(alone) as connection:
         connection.ask("READONLY")

@@ -350,3 +350,15 @@ def test_proposals_wait_when_too_much_is_uncommitted() -> None:
     acknowledge(core, "b")
 
     assert core.propose([b"x"]) == core.log.last_index
+
+
+def test_proposals_of_an_earlier_leadership_are_nobody_s_burden() -> None:
+    """What was uncommitted then may be gone by now, and would never be taken off the sum."""
+    core = lead(server(config=RaftConfig(3, 10, 20, uncommitted_bytes_max=100)))
+    core.propose([bytes(200)])
+    flush(core)
+    core.step(append(core.term + 1))
+
+    elect(core)
+
+    assert core.propose([b"x"]) == core.log.last_index

@@ -290,6 +290,21 @@ def test_membership_of_the_state_is_in_force_and_what_is_truncated_falls_back_to
     assert core.membership_at(5) == (3, membership("abz"))
 
 
+def test_membership_in_a_log_that_differs_from_the_state_goes_with_it() -> None:
+    """It was never committed: who still counted by it would take a minority for a majority.
+
+    Source: raft-traps T38, T62.
+    """
+    change = Entry(4, 1, EntryKind.MEMBERSHIP, membership("abcd").encode())
+    core = server(log=[*log_of(1, 1, 1), change], term=2)
+    assert core.membership == membership("abcd")
+
+    core.restore(snapshot_at(3, 2))
+
+    assert core.membership == membership("abc")
+    assert core.membership_at(3) == (0, membership("abc"))
+
+
 def test_membership_in_the_kept_part_of_the_log_stays_in_force() -> None:
     """The state's is the older one."""
     core = server()

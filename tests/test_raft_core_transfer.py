@@ -50,6 +50,22 @@ def test_target_is_told_only_when_it_has_everything_and_all_is_committed() -> No
     assert sent(core) == [TimeoutNow("a", "b", core.term)]
 
 
+def test_target_is_told_when_the_leaders_own_disk_completes_the_majority() -> None:
+    """Nothing else may come after that which would bring the matter up again."""
+    core = lead()
+    core.propose([b"x"])
+    ready = core.ready()
+    assert ready is not None
+    core.transfer_to("b")
+    appends(core, "b")
+    acknowledge(core, "b")
+    assert core.commit_index < core.log.last_index, "b alone is no majority"
+
+    core.advance(ready)
+
+    assert sent(core) == [TimeoutNow("a", "b", core.term)]
+
+
 def test_nothing_new_is_accepted_while_it_lasts() -> None:
     """Else the target might never have everything."""
     core = lead()

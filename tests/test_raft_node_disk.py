@@ -9,12 +9,14 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+import raft_node
 import raft_snapshots
 from kv_errors import NoSpaceError, OutcomeUnknownError
 from raft_log import RaftLog
 from raft_status import NodeRole
 from raft_types import AppendEntries, Entry, HardState, Snapshot
 from raft_watch import DISK_FLOOR_BYTES
+from replication_log import ReplicationLog
 from replication_log_format import DiskRefusesError
 from tests.trio import PATIENCE_S, Server, Trio, command, eventually, in_thread
 
@@ -154,6 +156,80 @@ def test_disk_when_the_primarys_hangs_then_another_leads(
     trio.await_applied(index)
     eventually(lambda: not old.status.trouble, "it notices that the disk answers again")
     assert old.status.role is NodeRole.SECONDARY
+
+
+def test_follower_when_its_own_disk_hangs_then_it_does_not_doubt_its_leader(
+    make_trio: Callable[..., Trio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the leader has sent meanwhile may lie unread in its socket (raft-traps T23)."""
+    trio = make_trio()
+    leader = trio.leader()
+    slow = trio.others(leader)[0]
+    core, append = slow.node._core, slow.disk.append
+    answers, hangs = threading.Event(), threading.Event()
+
+    def hang(hard_state: HardState | None, entries: Sequence[Entry]) -> None:
+        hangs.set()
+        answers.wait()
+        append(hard_state, entries)
+
+    monkeypatch.setattr(slow.disk, "append", hang)
+    index = leader.set("k", "v")
+    hangs.wait()
+    ticks: list[None] = []
+    looks: list[None] = []
+    monkeypatch.setattr(core, "tick", lambda: ticks.append(None))
+    monkeypatch.setattr(core, "check_invariants", lambda: looks.append(None))
+
+    eventually(lambda: len(looks) > 20, "the timer runs")
+
+    assert ticks == []
+    answers.set()
+    eventually(lambda: ticks, "it ages again")
+    monkeypatch.undo()
+    trio.await_applied(index)
+
+
+def test_follower_when_it_applies_from_disk_then_only_what_its_disk_holds(
+    make_trio: Callable[..., Trio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where others have committed what it has yet to write, its disk may hold something else."""
+    trio = make_trio()
+    leader = trio.leader()
+    late = trio.others(leader)[0]
+    for number in range(20):
+        leader.set(f"k{number}", "v")
+    trio.await_applied(leader.status.last_index)
+    monkeypatch.setattr(late.node._keeper, "save", lambda: None)  # it will have all to apply
+    late.stop()
+    index = leader.set("k", "last")
+    monkeypatch.setattr(
+        raft_snapshots, "RaftLog", lambda last, runs, _, **base: RaftLog(last, runs, (), **base)
+    )
+    monkeypatch.setattr(raft_node, "APPLY_BYTES_MAX", 1)  # one entry at a time
+    has_read = threading.Event()
+    append, read = ReplicationLog.append, ReplicationLog.read
+    beyond: list[int] = []
+
+    def hang(disk: ReplicationLog, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
+        if disk is late.disk and entries:
+            has_read.wait()
+        append(disk, hard_state, entries)
+
+    def noted(disk: ReplicationLog, first: int, last: int, bytes_max: int) -> list[Entry]:
+        if disk is late.disk:
+            eventually(lambda: late.node._core.commit_index == index, "it hears of the commit")
+            beyond.extend(range(disk.last_index + 1, last + 1))
+            if first == 10:
+                has_read.set()
+        return read(disk, first, last, bytes_max)
+
+    monkeypatch.setattr(ReplicationLog, "append", hang)
+    monkeypatch.setattr(ReplicationLog, "read", noted)
+    late.start()
+
+    trio.await_applied(index)
+    assert beyond == []
 
 
 def _refuses_for_space(server: Server) -> bool:

@@ -127,6 +127,29 @@ def test_log_when_the_state_is_of_a_later_term_then_it_begins_anew_in_that_term(
         assert not fit_log(log, Snapshot(6, 3, Membership(), 0))
 
 
+def test_log_when_it_differs_from_the_state_then_it_begins_anew_behind_it(tmp_path: Path) -> None:
+    """A crash came between the state's arrival and the reset of a log that it contradicts.
+
+    What follows an entry that was never committed was not committed either (raft-traps T39).
+    """
+    with open_log(tmp_path) as log:
+        log.append(HardState(2, None), [entry(index) for index in range(1, 6)])
+
+        assert fit_log(log, Snapshot(3, 2, Membership(), 0))
+
+        assert (log.first_index, log.last_index, log.term_at(3)) == (4, 3, 2)
+
+
+def test_log_when_it_agrees_with_the_state_then_it_is_kept(tmp_path: Path) -> None:
+    """What follows may be committed (raft-traps T39)."""
+    with open_log(tmp_path) as log:
+        log.append(HardState(2, None), [entry(index) for index in range(1, 6)])
+
+        assert not fit_log(log, Snapshot(3, 1, Membership(), 0))
+
+        assert (log.first_index, log.last_index) == (1, 5)
+
+
 class FakeHost:
     """The node, as its state keeper sees it: a store, and what was asked of it."""
 
@@ -216,6 +239,7 @@ def stream_of(store: KeyValueStore, db: StateDb) -> bytes:
     begun = store.begin_flush()
     header = StateHeader.of(begun, 1, Membership().encode(), 0)
     db.save(header, begun.slices(nullcontext()))
+    store.end_flush(saved=True)
     return snapshot(db)
 
 
@@ -245,6 +269,34 @@ def test_chunk_of_another_transfer_while_one_is_installed_gets_no_answer_yet(
         SnapshotOutcome.INSTALLED,
         SnapshotOutcome.MORE,
     ]
+
+
+def test_chunk_of_another_transfer_begins_anew_and_the_old_one_is_refused(
+    tmp_path: Path, log: ReplicationLog
+) -> None:
+    """Two leaders' states are two databases: their pieces do not fit together (raft-traps T42)."""
+    store = KeyValueStore()
+    with open_db(tmp_path) as db:
+        chunks = []
+        for number in (1, 2):
+            write(store, b"SET", b"key", b"value %d" % number)
+            data = stream_of(store, db)
+            for start, end, is_last in ((0, 100, False), (100, None, True)):
+                part = data[start:end]
+                chunks.append(SnapshotChunk("b" * 16, "a" * 16, 1, number, start, part, is_last))
+        first, first_rest, second, second_rest = chunks
+        host = FakeHost(log)
+        keeper = keeper_of(host, log, db)
+
+        for chunk in (first, second, first_rest, second_rest):
+            keeper.on_chunk(chunk)
+        keeper._install_received()
+
+    more, refused = SnapshotOutcome.MORE, SnapshotOutcome.REFUSED
+    assert host.answers[:-1] == [(100, more), (100, more), (0, refused)]
+    assert host.answered == [1, 2, 1, 2]
+    assert host.installed is not None
+    assert state(host.installed) == state(store)
 
 
 def test_chunk_when_it_is_repeated_or_too_early_then_it_is_not_written(

@@ -324,7 +324,7 @@ def test_open_when_any_byte_is_flipped_then_refused(tmp_path: Path, segment_byte
                 with pytest.raises(CorruptLogError) as caught:
                     recover(tmp_path)
                 assert str(path) in str(caught.value)
-                assert "start a new node instead" in str(caught.value)
+                assert "move this data directory away" in str(caught.value)
                 flip(path, offset, pattern)
     assert recover(tmp_path) == intact
 

@@ -31,7 +31,7 @@ from raft_types import (
     SnapshotReply,
 )
 from replication_log import ReplicationLog
-from state_db import StateDb, StateHeader
+from state_db import SnapshotReader, StateDb, StateHeader
 from tests.cluster import eventually
 
 CHUNK = SnapshotChunk("leader", "me", 1, 5, 0, bytes(100), False)
@@ -117,7 +117,7 @@ def test_sending_when_the_disk_has_no_room_for_the_copy_then_it_is_tried_again(
     monkeypatch.setattr(raft_snapshots, "RETRY_S", 0.05)
     monkeypatch.setattr(raft_snapshots, "POLL_S", 0.01)
     kept.keeper.lead(1)
-    kept.keeper.want("follower")
+    kept.keeper.want("follower", 0)
     thread = threading.Thread(target=kept.keeper.run)
     with monkeypatch.context() as patch:
         patch.setattr(kept.state, "open_snapshot", no_room)
@@ -148,6 +148,32 @@ def test_sending_when_the_follower_is_silent_for_long_then_it_is_given_up(
     assert not kept.keeper.progress()
 
 
+def test_sending_when_the_leadership_ends_then_it_is_over(kept: Kept) -> None:
+    """Nobody answers a former leader: its copies of the state would stay open for ever."""
+    kept.keeper.lead(1)
+    kept.keeper._begin_sending("follower")
+    reader = kept.keeper._outgoing["follower"].reader
+
+    kept.keeper.lead(0)
+
+    assert not kept.keeper.progress()
+    thread = threading.Thread(target=kept.keeper.run)
+    thread.start()
+    try:
+        eventually(lambda: _is_closed(reader), "the copy is closed")
+    finally:
+        kept.keeper.stop()
+        thread.join()
+
+
+def _is_closed(reader: SnapshotReader) -> bool:
+    try:
+        reader.read(0, 1)
+    except OSError:
+        return True
+    return False
+
+
 def test_follower_when_it_needs_a_state_again_at_once_then_it_is_named(
     kept: Kept, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -155,7 +181,7 @@ def test_follower_when_it_needs_a_state_again_at_once_then_it_is_named(
     follower = Member("follower", "node2", "127.0.0.1", 1, 2, voter=True)
     members = Membership((follower,))
     kept.keeper.lead(1)
-    kept.keeper.want("follower")
+    kept.keeper.want("follower", 0)
     kept.keeper._begin_sending("follower")
     assert kept.keeper.troubles(members) == []
     (chunk,) = kept.host.posted
@@ -163,7 +189,9 @@ def test_follower_when_it_needs_a_state_again_at_once_then_it_is_named(
     installed = SnapshotOutcome.INSTALLED
     kept.keeper.on_reply(SnapshotReply("follower", "me", 1, chunk.snapshot_id, 0, installed))
 
-    kept.keeper.want("follower")
+    kept.keeper.want("follower", 1)  # it had gone on before it fell behind anew
+    assert kept.keeper.troubles(members) == []
+    kept.keeper.want("follower", 0)
 
     assert kept.keeper.troubles(members) == [
         "node2 can't keep up with the log: give more --max-log"
@@ -197,7 +225,7 @@ def test_transfers_when_many_followers_need_one_then_few_run_at_a_time(kept: Kep
     """Each is a copy of the state on this node's disk (T42)."""
     kept.keeper.lead(1)
     for name in "abcd":
-        kept.keeper.want(name)
+        kept.keeper.want(name, 0)
     with kept.keeper._lock:
         assert len(kept.keeper._may_begin_locked()) == 2
     kept.keeper._begin_sending("a")
