@@ -1,6 +1,6 @@
 """Real processes under load while everything fails around them; what their clients saw is judged.
 
-    python -m tests.chaos --class kill --seconds 60      # or: all, several names, --list
+    python -m tests.chaos --class kill --seconds 60      # or: all, several names; --list
     python -m tests.chaos --class kill -- --replication async    # must fail: that promises less
 
 Rule 1: a pass is a run in which enough was done, enough failed, and every history has an
@@ -21,19 +21,19 @@ import contextlib
 import itertools
 import re
 import secrets
+import signal
 import statistics
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import traceback
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import psutil
 
-from cluster_manager import ManagerError
 from tests.chaos_faults import (
     CLASSES,
     CannotTestError,
@@ -60,6 +60,8 @@ THREADS_MORE_MAX: Final = 6
 
 EXIT_FAILED: Final = 1
 EXIT_INVALID: Final = 2
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+INTERRUPTED: Final = "interrupted"
 
 # What a node says when others fail, not itself.
 ALWAYS_EXPECTED: Final = ("refused by the peer", "was removed from the cluster")
@@ -214,10 +216,12 @@ def run(
     try:
         cluster.heal()
         _run(fault, seconds, stage, notes, result)
-    except (AssertionError, ManagerError, OSError) as error:
-        result.problems.append(f"{type(error).__name__}: {error}")
     except CannotTestError as error:
         result.doubts.append(str(error))
+    except KeyboardInterrupt:
+        result.doubts.append(INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - whatever it is, this run is no pass
+        result.problems.append("".join(traceback.format_exception(error)))
     finally:
         network.heal()
         if result.exit_status:
@@ -309,6 +313,12 @@ def table(results: Sequence[Result]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def described(fault: FaultClass) -> str:
+    """A line a round: what fails in it."""
+    texts = [(one.__doc__ or one.__name__).partition("\n")[0] for one in fault.rounds]
+    return "\n".join([f"{fault.name}:", *(f"  {text}" for text in texts)])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -316,40 +326,37 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--class", dest="names", default="all", help=f"names with commas between, or all: {names}"
     )
+    parser.add_argument("--list", action="store_true", help="what each class does, and no more")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each class")
     parser.add_argument("--seed", type=int, help="of what fails when; the rest is up to chance")
     parser.add_argument("server_args", nargs="*", help="given to the nodes, after --")
     return parser
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-
-
 def main(argv: Sequence[str]) -> int:
     """Run the classes; the exit status of the worst."""
     parser = _parser()
     options = parser.parse_args(argv)
+    if options.list:
+        print("\n".join(map(described, CLASSES)))
+        return 0
     wanted = [name.strip() for name in options.names.split(",")]
     known = {fault.name: fault for fault in CLASSES}
     if unknown := [name for name in wanted if name not in known and name != "all"]:
         parser.error(f"there is no class {', '.join(unknown)}")
     seed = secrets.randbelow(10**6) if options.seed is None else options.seed
     results = []
-    for fault in CLASSES if wanted == ["all"] else [known[name] for name in wanted]:
+    for fault in CLASSES if "all" in wanted else [known[name] for name in wanted]:
         print(f"{fault.name}: {options.seconds:g} s, seed {seed} ...", flush=True)
-        with _interruptible():
-            result = run(fault, options.seconds, seed, server_args=options.server_args)
+        result = run(fault, options.seconds, seed, server_args=options.server_args)
         results.append(result)
         print(f"  {' | '.join(row(result)[1:])}", flush=True)
         for text in (*result.problems, *result.doubts):
             print(f"  {text}")
         if result.kept:
             print(f"  everything about it is kept in {result.kept}")
+        if INTERRUPTED in result.doubts:
+            return EXIT_INTERRUPTED
     print(table(results))
     statuses = {result.exit_status for result in results}
     return next((s for s in (EXIT_FAILED, EXIT_INVALID) if s in statuses), 0)

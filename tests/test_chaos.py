@@ -17,7 +17,8 @@ import pytest
 from cluster_manager import SERVER_SCRIPT
 from cluster_nodes import free_ports
 from raft_frames import Hello, encode_handshake
-from tests.chaos import Result, run
+from tests import chaos
+from tests.chaos import Result, main, run
 from tests.chaos_faults import CLASSES, CUT, FaultClass, Stage, transfer_unheard
 from tests.chaos_links import CLIENT, INSIDE, OUTSIDE, Network, Weather
 from tests.cluster import eventually
@@ -266,6 +267,60 @@ def test_network_when_the_node_is_gone_then_it_refuses_until_it_is_back(place: P
     client = place.dial(place.port)
     client.sendall(b"x")
     assert exactly(place.node.accept(), 1) == b"x"
+
+
+# ---- The program -------------------------------------------------------------------------------
+
+
+def test_program_when_asked_for_a_list_then_says_what_each_class_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--list"]) == 0
+
+    said = capsys.readouterr().out
+    assert all(f"{fault.name}:\n  F" in said for fault in CLASSES)
+
+
+def test_program_when_all_stands_among_names_then_runs_each_class_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a name that does not exist runs nothing."""
+    ran: list[str] = []
+
+    def noted(fault: FaultClass, seconds: float, seed: int, **_: object) -> Result:
+        ran.append(fault.name)
+        return Result(fault.name, seed)
+
+    monkeypatch.setattr(chaos, "run", noted)
+
+    assert main(["--class", "all,kill"]) == 0
+    assert ran == [fault.name for fault in CLASSES]
+    with pytest.raises(SystemExit):
+        main(["--class", "kill,kil"])
+    assert "there is no class kil" in capsys.readouterr().err
+    assert len(ran) == len(CLASSES)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "verdict"), [(ZeroDivisionError, "FAILED"), (KeyboardInterrupt, "INVALID")]
+)
+def test_run_when_it_does_not_come_to_its_end_then_what_is_known_is_kept(
+    error: type[BaseException], verdict: str
+) -> None:
+    """Whatever ended it: what was a mistake of the test may have hidden one of the store."""
+
+    def broken(stage: Stage) -> None:
+        raise error
+
+    result = run(FaultClass("broken", (broken,), nodes=1), BROKEN_S, SEED)
+
+    assert result.verdict == verdict
+    assert result.kept is not None
+    assert (result.kept / "verdict.txt").read_text().count("\n") > 1
+    assert (result.kept / "history.jsonl").stat().st_size > 0
+    shutil.rmtree(result.kept)
 
 
 # ---- The verdict -------------------------------------------------------------------------------
