@@ -10,8 +10,8 @@ Rule 2: in the end everything is healed, and then all nodes must have the same s
 acknowledged write must be there, and no node may hold more than when it started.
 Rule 3: a run that fails keeps its histories and the nodes' directories and logs, and says where.
 
-Clients and their verdicts are in ``chaos_workloads.py``, faults in ``chaos_faults.py``, links in
-``chaos_links.py``, the checkers in ``linearizability.py``.
+Clients and their verdicts are in ``chaos_workloads.py``, classes of faults in ``chaos_classes.py``,
+links in ``chaos_links.py``, the checkers in ``linearizability.py``.
 """
 
 from __future__ import annotations
@@ -34,15 +34,9 @@ from typing import Final
 
 import psutil
 
-from tests.chaos_faults import (
-    CLASSES,
-    CannotTestError,
-    ChaosCluster,
-    FaultClass,
-    Stage,
-    repeat,
-)
+from tests.chaos_classes import CLASSES, repeat
 from tests.chaos_links import Network
+from tests.chaos_stage import CannotTestError, ChaosCluster, FaultClass, Stage
 from tests.chaos_workloads import Load, Notes
 from tests.cluster import eventually
 from tests.linearizability import to_json

@@ -19,8 +19,10 @@ from cluster_nodes import free_ports
 from raft_frames import Hello, encode_handshake
 from tests import chaos
 from tests.chaos import Result, main, run
-from tests.chaos_faults import CLASSES, CUT, FaultClass, Stage, transfer_unheard
+from tests.chaos_classes import CLASSES
 from tests.chaos_links import CLIENT, INSIDE, OUTSIDE, Network, Weather
+from tests.chaos_members import transfer_unheard
+from tests.chaos_stage import CUT, FaultClass, Stage
 from tests.cluster import eventually
 
 SMOKE = ("kill", "pause", "partition", "snapshot", "transfer")
