@@ -3,9 +3,9 @@
     python -m tests.chaos --class kill --seconds 60      # or: all, several names; --list
     python -m tests.chaos --class kill -- --replication async    # must fail: that promises less
 
-Rule 1: a pass is a run in which enough was done, enough failed, and every history has an
-explanation. Too little traffic, no fault, or a history that nobody could decide make a run
-*invalid*: exit status 2, not 0.
+Rule 1: a pass is a run in which enough was done of everything, enough failed, and every history
+has an explanation. Too little traffic, in all or of one kind, no fault, or a history that nobody
+could decide make a run *invalid*: exit status 2, not 0.
 Rule 2: in the end everything is healed, and then all nodes must have the same state, every
 acknowledged write must be there, and no node may hold more than when it started.
 Rule 3: a run that fails keeps its histories and the nodes' directories and logs, and says where.
@@ -34,6 +34,7 @@ from typing import Final
 
 import psutil
 
+from kv_errors import BusyError, NoPrimaryError
 from tests.chaos_classes import CLASSES, repeat
 from tests.chaos_links import Network
 from tests.chaos_stage import CannotTestError, ChaosCluster, FaultClass, Stage
@@ -59,6 +60,8 @@ INTERRUPTED: Final = "interrupted"
 
 # What a node says when others fail, not itself.
 ALWAYS_EXPECTED: Final = ("refused by the peer", "was removed from the cluster")
+# Whatever fails, there may be no primary for a while, or too much may wait for it.
+ALWAYS_REFUSED: Final = (NoPrimaryError.code, BusyError.code)
 _TROUBLE: Final = re.compile(r" (?:ERROR|CRITICAL) |^Traceback|Exception ignored")
 
 
@@ -184,6 +187,15 @@ def trouble_in_logs(cluster: ChaosCluster, expected: Sequence[str]) -> list[str]
     return found
 
 
+def wrong_refusals(notes: Notes, fault: FaultClass) -> list[str]:
+    """Errors that clients were told, though nothing that failed can be a cause of them."""
+    return [
+        f"a client was told {code}, which these faults can't cause: {text}"
+        for code, text in notes.refusals.items()
+        if code not in (*ALWAYS_REFUSED, *fault.refusals)
+    ]
+
+
 # ---- One run -----------------------------------------------------------------------------------
 
 
@@ -251,8 +263,10 @@ def _run(fault: FaultClass, seconds: float, stage: Stage, notes: Notes, result: 
     result.problems += watch.problems()
     result.problems += leftovers(cluster, before)
     result.problems += trouble_in_logs(cluster, fault.expected)
+    result.problems += wrong_refusals(notes, fault)
     if notes.counts["ok"] < OPERATIONS_PER_S_MIN * seconds:
         result.doubts.append(f"too little traffic: {notes.counts}")
+    result.doubts += load.lacking(seconds)
     if not result.rounds:
         result.doubts.append("nothing failed")
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Final
 
+from kv_errors import NoSpaceError, OutOfMemoryError
 from tests.chaos_disks import damage, disk_error, disk_full, disk_stall, memory, snapshot, wipe
 from tests.chaos_faults import (
     chain,
@@ -48,13 +49,19 @@ SINGLE: Final = (
     FaultClass("snapshot", (snapshot,), server_args=SMALL_LOG),
     FaultClass("disk-error", (disk_error,), expected=DISK_WORDS),
     FaultClass("disk-stall", (disk_stall,), server_script=STALLING_SERVER, expected=STALL_WORDS),
-    FaultClass("disk-full", (disk_full,), server_args=SMALL_LOG, expected=FULL_WORDS),
+    FaultClass(
+        "disk-full",
+        (disk_full,),
+        server_args=SMALL_LOG,
+        refusals=(NoSpaceError.code,),
+        expected=FULL_WORDS,
+    ),
     FaultClass("damage", (damage,), expected=DAMAGE_WORDS),
     FaultClass("wipe", (wipe,)),
     FaultClass("members", (members,)),
     FaultClass("transfer", (transfer, transfer_unheard)),
     FaultClass("clients", (clients, reset), server_args=MANY_CLIENTS),
-    FaultClass("memory", (memory,), server_args=SMALL_MEMORY),
+    FaultClass("memory", (memory,), server_args=SMALL_MEMORY, refusals=(OutOfMemoryError.code,)),
     FaultClass("restart-all", (restart_all,)),
 )
 # Those that need a cluster, a server or rights of their own.

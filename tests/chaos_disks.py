@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Final
 
 from kv_config import EXIT_CONFIG
-from kv_errors import KVError
+from kv_errors import KVError, NoPrimaryError, NoSpaceError, OutOfMemoryError
 from raft_watch import DISK_FLOOR_BYTES
 from tests.chaos_links import Weather
 from tests.chaos_stage import CUT, CannotTestError, ChaosCluster, Stage
@@ -154,6 +154,7 @@ def disk_full(stage: Stage) -> None:
             return "are refused" in trouble if almost else "the disk is full" in trouble
 
         refusal = fill(stage, has_failed)
+        assert refusal is None or isinstance(refusal, NoSpaceError | NoPrimaryError), refusal
         stage.tell(f"refused: {refusal}" if refusal else f"{victim} waits for room")
         stage.hold(0.2, 2.0)
         if stage.rng.random() < 0.3:
@@ -234,7 +235,7 @@ def memory(stage: Stage) -> None:
     """F15: the memory is full: definite errors, and deletions make room."""
     stage.tell("fill the memory")
     refusal = fill(stage, lambda: False)
-    assert refusal is not None
+    assert isinstance(refusal, OutOfMemoryError), refusal
     stage.tell(f"refused: {refusal}")
     stage.hold(0.5, 2.0)
     unfill(stage)

@@ -144,5 +144,7 @@ class FaultClass:
     nodes: int = 3
     server_args: tuple[str, ...] = ()
     server_script: Path = SERVER_SCRIPT
+    # The codes of errors that clients may be told, besides that there is no primary now.
+    refusals: tuple[str, ...] = ()
     # What the nodes may log as an error, besides what any failing neighbour makes them say.
     expected: tuple[str, ...] = ()
