@@ -236,7 +236,7 @@ class RaftNode:
         """
         with self._own_bugs, self._lock:
             self._check_serving_locked()
-            if self.room is Room.NONE:
+            if self.room is Room.NONE and self._core.role is Role.LEADER:
                 raise NoSpaceError(self.room_trouble() or "a disk is full: free some space")
             try:
                 first = self._core.propose(payloads)

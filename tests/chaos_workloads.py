@@ -4,8 +4,9 @@ Rule 1: each request is noted with its moments and its answer, on one clock; wha
 ``UNKNOWN``, is noted as unknown. What was refused is noted nowhere: if its value is read all the
 same, that is a value which nobody wrote.
 Rule 2: nobody waits for the faults: clients go on all the time, and a run that did too little
-proves nothing (``chaos.py`` calls it invalid).
+of anything proves nothing (``chaos.py`` calls it invalid).
 Rule 3: every value is written once.
+Rule 4: a refusal is noted by its code: what the faults can't cause fails the run.
 
 The letters are those of the fault model: W1 registers, W2 lists, W3 counters in sessions, W4 a
 bank, W6 expiry, W9 stale reads.
@@ -18,11 +19,11 @@ import random
 import select
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Final
+from typing import ClassVar, Final
 
 from kv_client import KVStoreClient
 from kv_config import Address, format_address
@@ -59,6 +60,8 @@ UNKNOWN_MAX: Final = 6
 ELEMENTS_MAX: Final = 500
 ACCOUNTS: Final = 4
 BALANCE: Final = 100
+# Of each kind of request, on the average of a run: less proves nothing about it.
+ANSWERS_PER_S_MIN: Final = 0.5
 # One machine, one clock: what a stamp may be late by.
 EXPIRY_SLACK_S: Final = 0.25
 
@@ -71,6 +74,8 @@ class Notes:
         self.operations: list[Operation] = []
         self.answered: list[float] = []  # moments of success
         self.counts = {"ok": 0, "definite": 0, "unknown": 0}
+        self.done: Counter[str] = Counter()  # what was answered, by workload and kind of request
+        self.refusals: dict[str, str] = {}  # by code of the error: what was said first
         self.problems: list[str] = []
 
     def add(self, operation: Operation) -> None:
@@ -82,9 +87,16 @@ class Notes:
                 self.counts["ok"] += 1
                 self.answered.append(operation.ended_at)
 
-    def refused(self) -> None:
+    def did(self, what: str) -> None:
+        """One more of these was answered."""
+        with self._lock:
+            self.done[what] += 1
+
+    def refused(self, error: KVError) -> None:
+        """A client was told that its request was certainly not done."""
         with self._lock:
             self.counts["definite"] += 1
+            self.refusals.setdefault(error.code, str(error))
 
     def complain(self, problem: str) -> None:
         with self._lock:
@@ -100,10 +112,20 @@ class Notes:
             yield call
         except OutcomeUnknownError:
             self.add(call.operation(None))
-        except KVError:
-            self.refused()
+        except KVError as error:
+            self.refused(error)
         else:
             self.add(call.operation(time.monotonic()))
+
+    @contextmanager
+    def judging(self) -> Iterator[None]:
+        """Note how a request was refused that stands in no history: a read that has its own list."""
+        try:
+            yield
+        except OutcomeUnknownError:
+            pass
+        except KVError as error:
+            self.refused(error)
 
 
 class Call:
@@ -237,7 +259,8 @@ class SessionClient:
 class Workload:
     """Some clients, and what must be true in the end."""
 
-    name = ""
+    name: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]]  # of requests, each of which must be answered again and again
 
     def __init__(self, addresses: Sequence[Address], notes: Notes, seed: int) -> None:
         self.addresses = addresses
@@ -269,6 +292,20 @@ class Workload:
         for close in self._closers:
             close()
 
+    def did(self, kind: str) -> None:
+        """One more request of this kind was answered."""
+        assert kind in self.kinds
+        self.notes.did(f"{self.name}: {kind}")
+
+    def lacking(self, seconds: float) -> list[str]:
+        """The kinds of requests of which too few were answered in so many seconds."""
+        done = {kind: self.notes.done[f"{self.name}: {kind}"] for kind in self.kinds}
+        return [
+            f"too little traffic: {count} {kind} of {self.name} were answered in {seconds:.0f} s"
+            for kind, count in done.items()
+            if count < ANSWERS_PER_S_MIN * seconds
+        ]
+
     def of(self, prefix: str) -> list[Operation]:
         return [o for o in self.notes.operations if o.key.startswith(prefix)]
 
@@ -277,6 +314,7 @@ class Registers(Workload):
     """W1: reads, writes, compare-and-sets and deletions of a few keys at a time, by 8 clients."""
 
     name = "registers"
+    kinds: ClassVar[tuple[str, ...]] = ("reads", "writes", "compare-and-sets", "deletions")
 
     def __init__(self, addresses: Sequence[Address], notes: Notes, seed: int) -> None:
         super().__init__(addresses, notes, seed)
@@ -322,6 +360,7 @@ class Registers(Workload):
                 found = client.gets(key)
                 call.result, call.version = _int(found and found.value), found and found.version
                 seen[key] = call.version or 0
+                self.did("reads")
 
         def cas(key: str) -> None:
             value, version = next(self._values), seen.get(key, 0)
@@ -332,15 +371,18 @@ class Registers(Workload):
                 except MismatchError as error:
                     call.result, call.version = False, error.version
                     seen[key] = error.version
+                self.did("compare-and-sets")
 
         def write(key: str) -> None:
             value = next(self._values)
             with self._noting(Kind.WRITE, key, value):
                 client.set(key, value)
+                self.did("writes")
 
         def delete(key: str) -> None:
             with self._noting(Kind.DELETE, key) as call:
                 call.result = client.delete(key) == 1
+                self.did("deletions")
 
         steps = (read, read, read, cas, cas, cas, write, delete)
         return lambda: random.choice(steps)(self._pick())
@@ -351,15 +393,18 @@ class Registers(Workload):
         def read(key: str) -> None:
             with self._noting(Kind.READ, key) as call:
                 call.result = _int(client.call("GET", key))
+                self.did("reads")
 
         def write(key: str) -> None:
             value = next(self._values)
             with self._noting(Kind.WRITE, key, value):
                 client.call("SET", key, str(value))
+                self.did("writes")
 
         def delete(key: str) -> None:
             with self._noting(Kind.DELETE, key) as call:
                 call.result = client.call("DEL", key) == 1
+                self.did("deletions")
 
         steps = (read, read, read, read, write, write, write, delete)
         return lambda: random.choice(steps)(self._pick())
@@ -389,6 +434,7 @@ class Lists(Workload):
     """W2: each number is appended once; nothing acknowledged is lost, nothing comes twice."""
 
     name = "lists"
+    kinds: ClassVar[tuple[str, ...]] = ("appends", "reads")
 
     def __init__(self, addresses: Sequence[Address], notes: Notes, seed: int) -> None:
         super().__init__(addresses, notes, seed)
@@ -411,14 +457,16 @@ class Lists(Workload):
                 key, element = self._key(), str(next(self._elements))
             with self.notes.noting(Kind.APPEND, key, element):
                 client.call("APPEND", key, f"{element},")
+                self.did("appends")
 
         return append
 
     def _reader(self, client: RawClient) -> Callable[[], None]:
         def read() -> None:
             key, called_at = self._key(), time.monotonic()
-            with suppress(KVError):
+            with self.notes.judging():
                 self._note_read(key, called_at, client.call("GET", key))
+                self.did("reads")
             self.stop.wait(0.1)
 
         return read
@@ -442,6 +490,7 @@ class Counters(Workload):
     """W3: increments in sessions, sent again until answered; each counts exactly once."""
 
     name = "counters"
+    kinds: ClassVar[tuple[str, ...]] = ("increments", "reads")
 
     def clients(self) -> list[Callable[[], None]]:
         session, library = SessionClient(self.raw(), self.stop), self.library()
@@ -455,6 +504,7 @@ class Counters(Workload):
         def step() -> None:
             with self.notes.noting(Kind.INCREMENT, "counter") as call:
                 call.result = _int(increment())
+                self.did("increments")
 
         return step
 
@@ -464,6 +514,7 @@ class Counters(Workload):
         def read() -> None:
             with self.notes.noting(Kind.READ, "counter") as call:
                 call.result = _int(client.call("GET", "counter"))
+                self.did("reads")
 
         return read
 
@@ -480,6 +531,7 @@ class Bank(Workload):
     """
 
     name = "bank"
+    kinds: ClassVar[tuple[str, ...]] = ("transfers", "audits")
 
     def __init__(self, addresses: Sequence[Address], notes: Notes, seed: int) -> None:
         super().__init__(addresses, notes, seed)
@@ -508,6 +560,7 @@ class Bank(Workload):
             except OutcomeUnknownError:
                 self._bank = 0  # its balances are not known any more: another one is opened
                 raise
+            self.did("transfers")
             self._acknowledged.append(slip)
             for place, money in values.items():
                 balances[place] = money
@@ -531,10 +584,11 @@ class Bank(Workload):
 
         def read() -> None:
             if bank := self._bank:
-                with suppress(KVError):
+                with self.notes.judging():
                     found = client.call("MGET", *self._accounts(bank))
                     assert isinstance(found, list)
                     self._reads.append([_int(money) or 0 for money in found])
+                    self.did("audits")
 
         return read
 
@@ -549,6 +603,7 @@ class Expiry(Workload):
     """W6: a key is there until its time is over, and never after, on no node."""
 
     name = "expiry"
+    kinds: ClassVar[tuple[str, ...]] = ("writes", "reads")
 
     def __init__(self, addresses: Sequence[Address], notes: Notes, seed: int) -> None:
         super().__init__(addresses, notes, seed)
@@ -567,6 +622,7 @@ class Expiry(Workload):
             with self.notes.noting(Kind.WRITE, key, key):
                 client.call("SET", key, "here", "PX", str(ttl_ms))
                 self.set.append((key, called_at, time.monotonic(), ttl_ms / 1000))
+                self.did("writes")
             self.stop.wait(0.02)
 
         return set_one
@@ -579,9 +635,10 @@ class Expiry(Workload):
                 return
             key, set_called_at, set_ended_at, ttl_s = random.choice(self.set[-100:])
             called_at = time.monotonic()
-            with suppress(KVError):
+            with self.notes.judging():
                 there = client.call("GET", key) is not None
                 ended_at = time.monotonic()
+                self.did("reads")
                 if not there and ended_at < set_called_at + ttl_s - EXPIRY_SLACK_S:
                     self.notes.complain(f"{key} expired early, read {called_at}..{ended_at}")
                 if there and called_at > set_ended_at + ttl_s + EXPIRY_SLACK_S:
@@ -604,11 +661,11 @@ class StaleReads(Workload):
     """
 
     name = "stale reads"
+    kinds: ClassVar[tuple[str, ...]] = ("writes", "reads")
 
     def __init__(self, addresses: Sequence[Address], notes: Notes, seed: int) -> None:
         super().__init__(addresses, notes, seed)
         self._acknowledged = 0
-        self.answers = 0
 
     def clients(self) -> list[Callable[[], None]]:
         return [self._writer(), *map(self._hunter, self.addresses)]
@@ -624,6 +681,7 @@ class StaleReads(Workload):
             with self.notes.noting(Kind.WRITE, "hunted", number):
                 client.do("SET", "hunted", str(number))
                 self._acknowledged = number
+                self.did("writes")
 
         return write
 
@@ -643,9 +701,11 @@ class StaleReads(Workload):
                 self.stop.wait(0.05)
                 return
             if isinstance(reply, KVError):
+                if not isinstance(reply, NotPrimaryError):  # which most nodes say to most reads
+                    self.notes.refused(reply)
                 self.stop.wait(0.02)
                 return
-            self.answers += 1
+            self.did("reads")
             if (_int(reply) or 0) < at_least:
                 self.notes.complain(
                     f"{address} answered {reply!r} at {called_at:.6f}..{time.monotonic():.6f}; "
@@ -699,6 +759,10 @@ class Load:
             thread.join()
         for workload in self.workloads:
             workload.close()
+
+    def lacking(self, seconds: float) -> list[str]:
+        """What was done too seldom in so many seconds, by all workloads."""
+        return [text for workload in self.workloads for text in workload.lacking(seconds)]
 
     def check(self, final: KVStoreClient) -> list[str]:
         """Everything that is wrong, by all workloads."""

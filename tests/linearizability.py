@@ -18,7 +18,7 @@ import json
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from itertools import pairwise
 from typing import Final
@@ -102,6 +102,7 @@ class _Register:
     value: Value = None
     version: int | None = 0  # None: not told yet; 0: there is no such key
     floor: int = 0  # the highest version told so far
+    others: frozenset[int] = frozenset()  # that a version which is not told yet cannot be
 
     @property
     def exists(self) -> bool:
@@ -137,7 +138,7 @@ class _Model:
         """The state, now that its version is told."""
         if version is None or version == state.version:
             return state
-        if state.version is not None or version <= state.floor:
+        if state.version is not None or version <= state.floor or version in state.others:
             return None
         if self._skips_one(state.floor, version):
             return None
@@ -156,16 +157,27 @@ class _Model:
         return bisect_right(self._told, version) != bisect_right(self._told, floor)
 
     def _compared(self, state: _Register, operation: Operation) -> _Register | None:
+        if operation.is_known and not operation.result:
+            return self._differed(state, operation)
         if operation.expected_version is not None:
             found = self._seen(state, operation.expected_version)
         else:
             found = state if state.value == operation.expected else None
-        if not operation.is_known:  # one that does not swap is one that never happened
-            return None if found is None else self._written(found, operation)
-        if operation.result:
-            return None if found is None else self._written(found, operation)
-        # It did not swap: so the two differed. (A version that nobody knows yet may differ.)
-        return None if found is state else self._seen(state, operation.version)
+        # One of unknown outcome that does not swap is one that never happened.
+        return None if found is None else self._written(found, operation)
+
+    def _differed(self, state: _Register, operation: Operation) -> _Register | None:
+        """The state after a compare-and-set that found something else than what it named."""
+        compared = operation.expected_version
+        if compared is None:
+            differs = state.value != operation.expected
+            return self._seen(state, operation.version) if differs else None
+        found = self._seen(state, operation.version)
+        if found is None or found.version == compared:
+            return None
+        if found.version is None and self._seen(found, compared) is not None:
+            return replace(found, others=found.others | {compared})
+        return found
 
     @staticmethod
     def _deleted(state: _Register, operation: Operation) -> _Register | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -16,11 +16,18 @@ import pytest
 
 from cluster_manager import SERVER_SCRIPT
 from cluster_nodes import free_ports
+from kv_config import Address
+from kv_errors import KVError, NoSessionError, NoSpaceError, OutcomeUnknownError
 from raft_frames import Hello, encode_handshake
-from tests.chaos import Result, run
-from tests.chaos_faults import CLASSES, CUT, FaultClass, Stage, transfer_unheard
+from tests import chaos
+from tests.chaos import Result, main, run
+from tests.chaos_classes import CLASSES
 from tests.chaos_links import CLIENT, INSIDE, OUTSIDE, Network, Weather
+from tests.chaos_members import transfer_unheard
+from tests.chaos_stage import CUT, FaultClass, Stage
+from tests.chaos_workloads import Notes, StaleReads
 from tests.cluster import eventually
+from tests.linearizability import Kind
 
 SMOKE = ("kill", "pause", "partition", "snapshot", "transfer")
 SMOKE_S = 4.0
@@ -94,6 +101,65 @@ def test_store_whose_primary_answers_reads_by_itself_does_not_pass(tmp_path: Pat
     assert any("acknowledged before" in p or "linearizable" in p for p in result.problems)
     assert result.kept is not None
     shutil.rmtree(result.kept)
+
+
+def nothing(stage: Stage) -> None:
+    stage.hold(0.2, 0.5)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_run_in_which_one_workload_did_nothing_is_invalid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However much the others did: nobody looked for a stale read."""
+
+    def asleep(self: StaleReads, address: Address) -> Callable[[], None]:
+        return lambda: None
+
+    monkeypatch.setattr(StaleReads, "_hunter", asleep)
+
+    result = run(FaultClass("nothing", (nothing,), nodes=1), BROKEN_S, SEED)
+
+    assert result.verdict == "INVALID", told(result)
+    assert [doubt.partition(" were")[0] for doubt in result.doubts] == [
+        "too little traffic: 0 reads of stale reads"
+    ]
+    assert result.kept is not None
+    shutil.rmtree(result.kept)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_run_in_which_a_refusal_has_no_cause_does_not_pass() -> None:
+    """A definite error is no excuse: nothing that fails here takes memory."""
+    result = run(
+        FaultClass("nothing", (nothing,), nodes=1),
+        BROKEN_S,
+        SEED,
+        server_args=("--max-memory", "32KiB"),
+    )
+
+    assert result.verdict == "FAILED", told(result)
+    assert any("was told OUT_OF_MEMORY" in problem for problem in result.problems)
+    assert result.kept is not None
+    shutil.rmtree(result.kept)
+
+
+def test_notes_when_a_request_is_refused_keep_the_code_whoever_asked() -> None:
+    """Of requests in a history and of those beside it; a read without an answer is no refusal."""
+    notes = Notes()
+
+    def refuse(error: KVError) -> None:
+        raise error
+
+    with notes.noting(Kind.WRITE, "k", 1):
+        refuse(NoSpaceError("full"))
+    with notes.judging():
+        refuse(NoSessionError("gone"))
+    with notes.judging():
+        refuse(OutcomeUnknownError("lost"))
+
+    assert notes.refusals == {"NO_SPACE": "full", "NO_SESSION": "gone"}
+    assert notes.counts == {"ok": 0, "definite": 2, "unknown": 0}
 
 
 # ---- The network -------------------------------------------------------------------------------
@@ -266,6 +332,60 @@ def test_network_when_the_node_is_gone_then_it_refuses_until_it_is_back(place: P
     client = place.dial(place.port)
     client.sendall(b"x")
     assert exactly(place.node.accept(), 1) == b"x"
+
+
+# ---- The program -------------------------------------------------------------------------------
+
+
+def test_program_when_asked_for_a_list_then_says_what_each_class_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--list"]) == 0
+
+    said = capsys.readouterr().out
+    assert all(f"{fault.name}:\n  F" in said for fault in CLASSES)
+
+
+def test_program_when_all_stands_among_names_then_runs_each_class_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And a name that does not exist runs nothing."""
+    ran: list[str] = []
+
+    def noted(fault: FaultClass, seconds: float, seed: int, **_: object) -> Result:
+        ran.append(fault.name)
+        return Result(fault.name, seed)
+
+    monkeypatch.setattr(chaos, "run", noted)
+
+    assert main(["--class", "all,kill"]) == 0
+    assert ran == [fault.name for fault in CLASSES]
+    with pytest.raises(SystemExit):
+        main(["--class", "kill,kil"])
+    assert "there is no class kil" in capsys.readouterr().err
+    assert len(ran) == len(CLASSES)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "verdict"), [(ZeroDivisionError, "FAILED"), (KeyboardInterrupt, "INVALID")]
+)
+def test_run_when_it_does_not_come_to_its_end_then_what_is_known_is_kept(
+    error: type[BaseException], verdict: str
+) -> None:
+    """Whatever ended it: what was a mistake of the test may have hidden one of the store."""
+
+    def broken(stage: Stage) -> None:
+        raise error
+
+    result = run(FaultClass("broken", (broken,), nodes=1), BROKEN_S, SEED)
+
+    assert result.verdict == verdict
+    assert result.kept is not None
+    assert (result.kept / "verdict.txt").read_text().count("\n") > 1
+    assert (result.kept / "history.jsonl").stat().st_size > 0
+    shutil.rmtree(result.kept)
 
 
 # ---- The verdict -------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -44,6 +44,11 @@ def write(start: float, end: float | None, value: Value, **more) -> Operation:
 
 def cas(start: float, end: float | None, old: Value, new: Value, done: bool = True) -> Operation:
     return op(Kind.CAS, start, end, new, expected=old, result=done)
+
+
+def failed_cas(start: float, end: float, compared: int, told: int | None = None) -> Operation:
+    """A compare-and-set that is told that the version is not ``compared``."""
+    return op(Kind.CAS, start, end, 9, expected_version=compared, result=False, version=told)
 
 
 def delete(start: float, end: float | None, existed: bool = True) -> Operation:
@@ -94,6 +99,19 @@ GOOD = {
         read(6, 7, 2, version=5),
     ],
     "swap of version 0": [op(Kind.CAS, 0, 1, 2, expected_version=0, result=True, version=5)],
+    "no swap, and the version is told": [write(0, 1, 1), failed_cas(2, 3, 4, told=5)],
+    "no swap, and the version is told later": [
+        write(0, 1, 1),
+        failed_cas(2, 3, 4),
+        failed_cas(4, 5, 6),
+        read(6, 7, 1, version=5),
+    ],
+    "no swap, and the same version of a later write": [
+        write(0, 1, 1),
+        failed_cas(2, 3, 4),
+        write(4, 5, 2),
+        read(6, 7, 2, version=4),
+    ],
 }
 
 BAD = {
@@ -146,6 +164,18 @@ BAD = {
         write(0, 1, 1, version=4),
         op(Kind.CAS, 2, 5, 2, expected_version=4, result=True),
         op(Kind.CAS, 3, 4, 3, expected_version=4, result=True),
+    ],
+    "no swap of the very version that it finds": [write(0, 1, 1), failed_cas(2, 3, 4, told=4)],
+    "no swap of what is not there": [failed_cas(0, 1, 0, told=0)],
+    "no swap of the version that a read finds": [
+        write(0, 1, 1),
+        failed_cas(2, 3, 4),
+        read(4, 5, 1, version=4),
+    ],
+    "no swap, and then a swap of the same": [
+        write(0, 1, 1),
+        failed_cas(2, 3, 4),
+        op(Kind.CAS, 4, 5, 2, expected_version=4, result=True, version=5),
     ],
 }
 
@@ -260,26 +290,53 @@ def explained_by_some_order(history: Sequence[Operation]) -> bool:
     return False
 
 
+@dataclass
+class Written:
+    """A value that was written (``version`` 0: that there is none), and what its version may be."""
+
+    value: Value
+    version: int | None = None  # None: not told
+    others: set[int] = field(default_factory=set)  # that it is not
+
+    def tells(self, version: int | None) -> bool:
+        """Can its version be this? From now on it is."""
+        if version is not None and self.version is None:
+            self.version = version
+        return version in (None, self.version)
+
+
 def _explains(order: Sequence[Operation]) -> bool:
     for earlier, later in itertools.combinations(order, 2):
         if later.ended_at is not None and later.ended_at < earlier.called_at:
             return False
-    value: Value = None
-    for one in order:
-        if one.kind is Kind.READ:
-            if one.result != value:
-                return False
-        elif one.kind is Kind.CAS:
-            swaps = one.expected == value
-            if one.is_known and swaps != one.result:
-                return False
-            value = one.argument if swaps else value
-        elif one.kind is Kind.DELETE:
-            if one.is_known and one.result != (value is not None):
-                return False
-            value = None
-        else:
-            value = one.argument
+    states = [Written(None, 0)]
+    if not all(_explained(one, states) for one in order):
+        return False
+    told = [s.version for s in states if s.value is not None and s.version is not None]
+    return (
+        all(0 < earlier < later for earlier, later in itertools.pairwise(told))
+        and all(version > 0 for version in told)
+        and not any(state.version in state.others for state in states)
+    )
+
+
+def _explained(one: Operation, states: list[Written]) -> bool:
+    """Can the last of the states have led to this answer? What it wrote is added to them."""
+    state, told = states[-1], one.version if one.is_known else None
+    if one.kind is Kind.READ:
+        return one.result == state.value and state.tells(told)
+    if one.kind is Kind.DELETE:
+        states.append(Written(None, 0))
+        return not one.is_known or one.result == (state.value is not None)
+    if one.kind is Kind.CAS:
+        compared = one.expected_version
+        if one.is_known and not one.result:
+            if compared is not None:
+                state.others.add(compared)
+            return (compared is not None or one.expected != state.value) and state.tells(told)
+        if not (state.tells(compared) if compared is not None else one.expected == state.value):
+            return not one.is_known
+    states.append(Written(one.argument, told))
     return True
 
 
@@ -298,15 +355,21 @@ def test_register_when_simulated_is_accepted_and_with_a_wrong_read_rejected(
 
 @st.composite
 def small_histories(draw: st.DrawFn) -> list[Operation]:
-    """Up to five operations with answers drawn at random: about as many right as wrong ones."""
+    """Up to five operations with answers drawn at random: a quarter of them can be explained.
+
+    In half of the histories versions are told, and then by half of the operations.
+    """
     history = []
+    versions = draw(st.booleans())
     for number in range(draw(st.integers(1, 5))):
         kind = draw(st.sampled_from([Kind.READ, Kind.WRITE, Kind.CAS, Kind.DELETE]))
         start = draw(st.integers(0, 6))
         lost = draw(st.integers(0, 4)) == 0
         value = st.sampled_from([None, 1, 2])
+        version = st.sampled_from([None, None, None, 0, 1, 2] if versions else [None])
         written = draw(st.sampled_from([1, 2])) if kind in (Kind.WRITE, Kind.CAS) else None
         result: Value = draw(value) if kind is Kind.READ else draw(st.booleans())
+        compared = draw(version) if kind is Kind.CAS else None
         history.append(
             Operation(
                 number,
@@ -316,13 +379,15 @@ def small_histories(draw: st.DrawFn) -> list[Operation]:
                 None if lost else start + draw(st.integers(0, 4)),
                 written,
                 None if lost or kind is Kind.WRITE else result,
-                draw(value) if kind is Kind.CAS else None,
+                draw(value) if kind is Kind.CAS and compared is None else None,
+                compared,
+                None if lost or kind is Kind.DELETE else draw(version),
             )
         )
     return history
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=600, deadline=None)
 @given(history=small_histories())
 def test_register_verdict_is_the_one_of_trying_every_order(history: list[Operation]) -> None:
     expected = Outcome.LINEARIZABLE if explained_by_some_order(history) else Outcome.VIOLATION

@@ -11,10 +11,10 @@ import pytest
 
 import raft_node
 import raft_snapshots
-from kv_errors import NoSpaceError, OutcomeUnknownError
+from kv_errors import NoSpaceError, NotPrimaryError, OutcomeUnknownError
 from raft_log import RaftLog
 from raft_status import NodeRole
-from raft_types import AppendEntries, Entry, HardState, Snapshot
+from raft_types import AppendEntries, Entry, HardState, Room, Snapshot
 from raft_watch import DISK_FLOOR_BYTES
 from replication_log import ReplicationLog
 from replication_log_format import DiskRefusesError
@@ -58,6 +58,23 @@ def test_disks_when_a_majority_has_no_room_then_writes_are_refused_though_the_pr
 
     eventually(lambda: not _refuses_for_space(leader), "there is room again")
     assert not leader.status.trouble
+
+
+def test_disk_when_a_secondarys_is_full_then_it_names_the_primary_to_who_writes(
+    make_trio: Callable[..., Trio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own room is nothing to a write that the primary does: a refusal would be no redirect."""
+    trio = make_trio()
+    leader = trio.leader()
+    victim = trio.others(leader)[0]
+
+    monkeypatch.setattr(victim.disk, "bytes_free", lambda: DISK_FLOOR_BYTES - 1)
+    eventually(lambda: victim.node.room is Room.NONE, "it notices")
+
+    with pytest.raises(NotPrimaryError) as told:
+        victim.set("k", "v")
+    assert told.value.node_id == leader.status.identity.node_id
+    leader.set("k", "v")
 
 
 def test_disk_when_it_takes_nothing_then_the_node_waits_and_goes_on_by_itself(

@@ -1,0 +1,150 @@
+"""The stage of a chaos run: a cluster behind a network that misbehaves, and what a round may use.
+
+A round is a function of a ``Stage``; rounds are in ``chaos_faults.py``, ``chaos_disks.py`` and
+``chaos_members.py``, and ``chaos_classes.py`` says which of them make up a class.
+
+Rule 1: a round begins with a healthy cluster; whoever runs it heals the cluster afterwards.
+Rule 2: faults come from outside, as in life: signals, limits of the system, the links of
+``chaos_links.py``, small disks, damaged files, hostile clients. No node knows that it is tested;
+but for a stall, which nothing outside can cause without a disk of its own, the calls of the log are
+patched (``failpoint_server.py``).
+Rule 3: what a majority must not lose is never taken from a majority: disks are wiped and damaged
+one at a time, when the others have everything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import psutil
+
+from cluster_manager import SERVER_SCRIPT, ClusterManager, ManagerError
+from tests.chaos_links import OUTSIDE, Link, Network, Weather
+from tests.cluster import PATIENCE_S, SHORT_TIMERS, Answer, Cluster
+from tests.failpoint_server import HANGS
+
+ELECTION_TIMEOUT_S: Final = 1.0
+CUT: Final = Weather(cut=True)
+
+
+class CannotTestError(Exception):
+    """The machine does not let this fault be caused: the run proves nothing."""
+
+
+class ChaosCluster(Cluster):
+    """Nodes that meet each other and their clients only over a network that misbehaves."""
+
+    def __init__(
+        self, network: Network, *server_args: str, nodes: int, server_script: Path = SERVER_SCRIPT
+    ) -> None:
+        self._network = network
+        super().__init__(*SHORT_TIMERS, f"--advertise-host={OUTSIDE}", *server_args, nodes=nodes)
+        self.manager = ClusterManager(
+            nodes,
+            None,
+            self.directory / "data",
+            (*SHORT_TIMERS, f"--advertise-host={OUTSIDE}", *server_args),
+            spawn=self._spawn,
+            server_script=server_script,
+        )
+        # With ``STALLING_SERVER``: the log of the process whose number is a file here waits.
+        self.stalled = self.directory / "stalled"
+        self.stalled.mkdir()
+
+    def _spawn(self, command: Sequence[str], **more: Any) -> psutil.Popen:
+        flags = dict(w.removeprefix("--").split("=", 1) for w in command if "=" in w)
+        self._network.serve(flags["node-id"], int(flags["port"]), int(flags["peer-port"]))
+        return psutil.Popen(command, env={**os.environ, HANGS: str(self.stalled)}, **more)
+
+    def address(self, node_id: str) -> tuple[str, int]:
+        """Where the test itself asks: past the network."""
+        return self.manager.node(node_id).reached_at
+
+    def status(self, node_id: str) -> Answer | None:
+        with contextlib.suppress(ManagerError, ValueError):  # it is no node just now
+            return super().status(node_id)
+        return None
+
+
+class Stage:
+    """What a round may use."""
+
+    def __init__(self, cluster: ChaosCluster, network: Network, seed: int, until: float) -> None:
+        self.cluster = cluster
+        self.network = network
+        self.rng = random.Random(seed)
+        self.until = until  # by the monotonic clock
+        self.told: list[tuple[float, str]] = []
+
+    def tell(self, what: str) -> None:
+        """Note what is done now, for who reads the failure."""
+        self.told.append((time.monotonic(), what))
+
+    def hold(self, low_s: float, high_s: float) -> None:
+        """Let it be so for a while, but hardly longer than the run."""
+        left_s = max(0.5, self.until - time.monotonic())
+        time.sleep(min(self.rng.uniform(low_s, high_s), left_s))
+
+    def choose(self, *options: Callable[[], None]) -> None:
+        self.rng.choice(options)()
+
+    def one(self, node_ids: Sequence[str]) -> str:
+        return self.rng.choice(node_ids)
+
+    def weather(self, what: str, links: Iterable[Link], weather: Weather) -> None:
+        links = list(links)
+        self.tell(f"{what}: {' '.join('->'.join(link) for link in links)}")
+        self.network.change(links, weather)
+
+    def heal(self) -> None:
+        """All links are well, all nodes run, vote and have caught up. Raises ManagerError."""
+        self.tell("heal")
+        self.network.heal()
+        self.cluster.heal()
+
+    # ---- Links ----
+
+    def between(self, some: Iterable[str], others: Iterable[str]) -> list[Link]:
+        """The links from the ones to the others, and not back."""
+        others = list(others)
+        return [(a, b) for a in some for b in others if a != b]
+
+    def both_ways(self, some: Iterable[str], others: Iterable[str]) -> list[Link]:
+        some, others = list(some), list(others)
+        return self.between(some, others) + self.between(others, some)
+
+    def all_links(self) -> list[Link]:
+        return self.between(self.cluster.node_ids, self.cluster.node_ids)
+
+
+def end(cluster: Cluster, node_ids: Iterable[str], how: Callable[[psutil.Process], None]) -> None:
+    """End these nodes at once, none after the other, and wait until they have let go of all."""
+    processes = [p for p in map(cluster.process, node_ids) if p is not None]
+    for process in processes:
+        how(process)
+
+    # Not by the command line or the state of the process, which tell it before it has let go.
+    _, alive = psutil.wait_procs(processes, timeout=PATIENCE_S)
+    assert not alive, f"still there: {alive}"
+
+
+@dataclass(frozen=True, slots=True)
+class FaultClass:
+    """A kind of trouble, and the cluster that it is made for."""
+
+    name: str
+    rounds: tuple[Callable[[Stage], None], ...]  # one of them each time
+    nodes: int = 3
+    server_args: tuple[str, ...] = ()
+    server_script: Path = SERVER_SCRIPT
+    # The codes of errors that clients may be told, besides that there is no primary now.
+    refusals: tuple[str, ...] = ()
+    # What the nodes may log as an error, besides what any failing neighbour makes them say.
+    expected: tuple[str, ...] = ()
