@@ -6,7 +6,7 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-all sim bench soak mutants fuzz chaos chaos-smoke crash-points power-loss
+.PHONY: help check test test-all sim bench failover exactly-once soak mutants fuzz chaos chaos-smoke crash-points power-loss
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -47,6 +47,12 @@ sim:  ## the simulation: 1,000 seeds of 20,000 steps on all cores, and what of t
 
 bench:  ## this cluster, etcd and Redis under the same load
 	$(PYTHON) -m benchmarks.compare --json benchmarks/results/compare.json --plot docs/benchmarks.svg
+
+failover:  ## how long writes stop when the primary is killed, 20 times
+	$(PYTHON) -m benchmarks.failover --json benchmarks/results/failover.json
+
+exactly-once:  ## what it costs to write in a session
+	$(PYTHON) -m benchmarks.session_load --rounds 50 --json benchmarks/results/session_load.json
 
 soak:  ## half an hour of mixed load: does anything grow?
 	$(PYTHON) -m benchmarks.soak --json benchmarks/results/soak.json --plot docs/soak.svg

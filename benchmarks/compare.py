@@ -24,16 +24,11 @@ measured; their heartbeats cost each the same. Long runs (compaction, full disks
 from __future__ import annotations
 
 import argparse
-import datetime
-import shutil
 import sys
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-
-import psutil
 
 from benchmarks.failover import measure_failovers
 from benchmarks.report import (
@@ -43,14 +38,13 @@ from benchmarks.report import (
     machine_facts,
     plot,
     table,
+    today,
     write_json,
 )
-from benchmarks.systems import ROOT, SYSTEMS, System
+from benchmarks.systems import SYSTEMS, System, scratch_directory
 from benchmarks.workload import WORKLOADS, LoadError, Workload
 from cluster_manager import ManagerError
 
-DATA = ROOT / "benchmarks" / "data"
-MEMORY_FILESYSTEMS = {"tmpfs", "ramfs"}
 FAILOVER = "failover"  # as ``--only`` takes it
 
 
@@ -76,13 +70,9 @@ def main() -> int:
     workloads = [
         w for w in WORKLOADS if args.only in w.name and w.value_bytes in effort.value_bytes
     ]
-    DATA.mkdir(exist_ok=True)
-    _require_disk(DATA)
-    with ExitStack() as stack:
-        directory = Path(tempfile.mkdtemp(dir=DATA))
-        stack.callback(shutil.rmtree, directory, ignore_errors=True)
+    with scratch_directory() as directory:
         results = Results(
-            date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+            date=today(),
             machine=machine_facts(directory),
             load={"seconds": effort.seconds, "rounds": rounds, "keys": effort.keys},
         )
@@ -128,14 +118,6 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there: .svg or .png")
     return parser.parse_args()
-
-
-def _require_disk(directory: Path) -> None:
-    """Stop here if ``directory`` is in memory, where fsync costs nothing and means nothing."""
-    mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
-    nearest = next((d for d in (directory, *directory.parents) if d in mounts), None)
-    if nearest and mounts[nearest] in MEMORY_FILESYSTEMS:
-        sys.exit(f"{directory} is on {mounts[nearest]}, not on a disk: fsync would cost nothing")
 
 
 def _measure_load(

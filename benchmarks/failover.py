@@ -1,5 +1,7 @@
 """How long writes stop when the primary's process is killed.
 
+    python -m benchmarks.failover --kills 20 --json FILE
+
 The time runs from just before ``kill -9`` to the answer of the first write that was sent after it,
 as one ``KVStoreClient`` sees it that knew the old primary: finding out, the election and the search
 for the new primary are all in it. Before the next kill the node is started again and waited for,
@@ -9,11 +11,19 @@ until it is a voter that has caught up. A hang or a partition takes the election
 
 from __future__ import annotations
 
+import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.systems import silent, start_kv_cluster
+from benchmarks.report import (
+    failover_line,
+    failover_summary,
+    machine_facts,
+    today,
+    write_document,
+)
+from benchmarks.systems import scratch_directory, silent, start_kv_cluster
 from benchmarks.workload import LoadError
 from cluster_manager import ClusterManager
 from kv_client import KVStoreClient
@@ -57,3 +67,21 @@ def _check_kept(client: KVStoreClient, kills: int) -> None:
         for when in ("before", "after"):
             if client.get(f"{when}:{number}") != number:
                 raise LoadError(f"kill {number}: the write {when} it is lost")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every kill")
+    args = parser.parse_args()
+    with scratch_directory() as directory:
+        document: dict[str, object] = {"date": today(), "machine": machine_facts(directory)}
+        samples_s = measure_failovers(directory, args.kills, print)
+    print(failover_line(samples_s))
+    if args.json:
+        document["failover_s"] = failover_summary(samples_s)
+        write_document(document, args.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -6,6 +6,7 @@ no host name, user or path.
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
@@ -51,7 +52,12 @@ class Results:
         return list(dict.fromkeys(cell.workload for cell in self.samples))
 
 
-# ---- The machine ---------------------------------------------------------------------------------
+# ---- The run and the machine ---------------------------------------------------------------------
+
+
+def today() -> str:
+    """In UTC."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def machine_facts(directory: Path) -> dict[str, str | float | None]:
@@ -108,8 +114,13 @@ def write_json(results: Results, path: Path) -> None:
             }
             for cell, samples in results.samples.items()
         ],
-        "failover_s": _failover_summary(results.failovers_s),
+        "failover_s": failover_summary(results.failovers_s),
     }
+    write_document(document, path)
+
+
+def write_document(document: Mapping[str, object], path: Path) -> None:
+    """One JSON object, a line for each value in it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
@@ -118,7 +129,8 @@ def _rounded(sample: Sample) -> dict[str, float]:
     return {name: round(number, 3) for name, number in sample._asdict().items()}
 
 
-def _failover_summary(failovers_s: Sequence[float]) -> dict[str, object] | None:
+def failover_summary(failovers_s: Sequence[float]) -> dict[str, object] | None:
+    """All of them and what they come to; None if there are none."""
     if not failovers_s:
         return None
     return {
@@ -146,6 +158,11 @@ def table(results: Results) -> str:
             theirs = results.median(workload, peer)
             row += [_cell(theirs), f"{own.rps / theirs.rps:.2f}" if own and theirs else "-"]
         rows.append(row)
+    return markdown(heads, rows)
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table whose columns, but for the first, are set flush right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join(

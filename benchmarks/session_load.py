@@ -1,6 +1,6 @@
 """What exactly-once costs: SET as it is and under a session, in turns on one cluster.
 
-    python -m benchmarks.session_load --connections 50 --rounds 100
+    python -m benchmarks.session_load --connections 50 --rounds 50 --json FILE
 
 Each connection has one batch in flight, and in the second case a session of its own: every SET
 carries the next serial and frees the answers to the batch before. Both cases are sent by the same
@@ -15,23 +15,21 @@ import argparse
 import json
 import random
 import selectors
-import shutil
 import socket
 import statistics
-import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
-from benchmarks.systems import ROOT, silent, start_kv_cluster
+from benchmarks.report import machine_facts, today, write_document
+from benchmarks.systems import scratch_directory, silent, start_kv_cluster
 from benchmarks.workload import KEY_DIGITS, LoadError
 from cluster_manager import ClusterManager
 from cluster_nodes import ask
 
-DATA = ROOT / "benchmarks" / "data"
 KEYS = 100_000
 VALUE = b"x" * 16
 SLICE_S = 0.5
@@ -43,6 +41,13 @@ class Measured(NamedTuple):
 
     rps: float
     cpu_us: float  # of all nodes, a request
+
+
+class Pair(NamedTuple):
+    """Two slices that followed each other."""
+
+    plain: Measured
+    in_sessions: Measured
 
 
 def _bulks(*words: bytes) -> bytes:
@@ -114,7 +119,8 @@ def drive(connections: Sequence[Connection], seconds: float) -> float:
         return count / (time.perf_counter() - begin_s)
 
 
-def compare(manager: ClusterManager, connections: int, pipeline: int, rounds: int) -> None:
+def compare(manager: ClusterManager, connections: int, pipeline: int, rounds: int) -> list[Pair]:
+    """As many pairs as rounds; which of the two comes first changes from one to the next."""
     primary = manager.status().primary
     if primary is None:
         raise LoadError("the cluster has no primary")
@@ -134,22 +140,35 @@ def compare(manager: ClusterManager, connections: int, pipeline: int, rounds: in
         before_s = sum(sum(process.cpu_times()[:2]) for process in processes)
         rps = drive(load, SLICE_S)
         cpu_s = sum(sum(process.cpu_times()[:2]) for process in processes) - before_s
-        return Measured(rps, cpu_s / (rps * SLICE_S) * 1e6)
+        return Measured(round(rps), round(cpu_s / (rps * SLICE_S) * 1e6, 1))
 
     for load in (plain, in_sessions):
         drive(load, 2.0)
-    slices: dict[bool, list[Measured]] = {False: [], True: []}
+    pairs = []
     for number in range(rounds):
+        slices = {}
         for with_session in (number % 2 == 0, number % 2 == 1):
-            slices[with_session].append(measure(in_sessions if with_session else plain))
-    for name, found in (("plain", slices[False]), ("in sessions", slices[True])):
+            slices[with_session] = measure(in_sessions if with_session else plain)
+        pairs.append(Pair(slices[False], slices[True]))
+    return pairs
+
+
+def summary(pairs: Sequence[Pair]) -> dict[str, float]:
+    """What the pairs come to: medians, and between which ratios half of the pairs lie."""
+    low, ratio, high = statistics.quantiles((s.rps / p.rps for p, s in pairs), n=4)
+    cpu = statistics.median(s.cpu_us / p.cpu_us for p, s in pairs)
+    figures = {"ratio": ratio, "ratio_low": low, "ratio_high": high, "cpu_ratio": cpu}
+    return {name: round(figure, 3) for name, figure in figures.items()}
+
+
+def show(pairs: Sequence[Pair], figures: Mapping[str, float]) -> None:
+    """Print the medians, and the ratios."""
+    for name, found in zip(("plain", "in sessions"), zip(*pairs, strict=True), strict=True):
         rps, cpu_us = (statistics.median(column) for column in zip(*found, strict=True))
         print(f"{name}: {rps:,.0f} requests/s, {cpu_us:.0f} us of the nodes' processor time each")
-    pairs = list(zip(slices[False], slices[True], strict=True))
-    low, ratio, high = statistics.quantiles((s.rps / p.rps for p, s in pairs), n=4)
-    print(f"ratio: {ratio:.3f} (half of the pairs: {low:.3f} to {high:.3f})")
-    cpu = statistics.median(s.cpu_us / p.cpu_us for p, s in pairs)
-    print(f"processor time: {cpu:.3f}")
+    low, high = figures["ratio_low"], figures["ratio_high"]
+    print(f"ratio: {figures['ratio']:.3f} (half of the pairs: {low:.3f} to {high:.3f})")
+    print(f"processor time: {figures['cpu_ratio']:.3f}")
 
 
 def main() -> None:
@@ -157,15 +176,22 @@ def main() -> None:
     parser.add_argument("--connections", type=int, default=50)
     parser.add_argument("--pipeline", type=int, default=1, help="SETs in flight on a connection")
     parser.add_argument("--rounds", type=int, default=60, help="of half a second for each case")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every slice")
     args = parser.parse_args()
-    DATA.mkdir(exist_ok=True)
-    directory = Path(tempfile.mkdtemp(dir=DATA))
-    manager = start_kv_cluster(directory)
-    try:
-        compare(manager, args.connections, args.pipeline, args.rounds)
-    finally:
-        manager.stop(report=silent)
-        shutil.rmtree(directory)
+    with scratch_directory() as directory:
+        machine = machine_facts(directory)
+        manager = start_kv_cluster(directory)
+        try:
+            pairs = compare(manager, args.connections, args.pipeline, args.rounds)
+        finally:
+            manager.stop(report=silent)
+    figures = summary(pairs)
+    show(pairs, figures)
+    if args.json:
+        load = {"connections": args.connections, "pipeline": args.pipeline, "slice_s": SLICE_S}
+        slices = [{name: side._asdict() for name, side in pair._asdict().items()} for pair in pairs]
+        document = {"date": today(), "machine": machine, "load": load, "summary": figures}
+        write_document({**document, "pairs": slices}, args.json)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import statistics
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -27,13 +25,12 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.systems import ROOT, silent
+from benchmarks.systems import NODES, scratch_directory, silent
 from benchmarks.workload import LoadError, percentile
 from cluster_manager import ClusterManager
 from cluster_nodes import ask
 from kv_client import KVStoreClient
 
-DATA = ROOT / "benchmarks" / "data"
 MAX_LOG = "1MiB"
 KEYS = 20_000
 COUNTERS = 16
@@ -103,15 +100,13 @@ class Writer(threading.Thread):
 
 def main() -> int:
     args = _arguments()
-    DATA.mkdir(exist_ok=True)
-    directory = Path(tempfile.mkdtemp(prefix="soak-", dir=DATA))
-    manager = ClusterManager(3, None, directory, ("--max-log", MAX_LOG))
-    try:
-        manager.start(report=silent)
-        results = soak(manager, args.minutes * 60, _say)
-    finally:
-        manager.stop(report=silent)
-        shutil.rmtree(directory)
+    with scratch_directory() as directory:
+        manager = ClusterManager(NODES, None, directory, ("--max-log", MAX_LOG))
+        try:
+            manager.start(report=silent)
+            results = soak(manager, args.minutes * 60, _say)
+        finally:
+            manager.stop(report=silent)
     if args.json:
         args.json.write_text(json.dumps(asdict(results)) + "\n")
     if args.plot:

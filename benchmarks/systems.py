@@ -20,11 +20,14 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
+import psutil
 import redis
 
 from benchmarks.workload import LoadError, Sample, Workload, key, percentile
@@ -32,6 +35,8 @@ from cluster_manager import ClusterManager
 from cluster_nodes import ask
 
 ROOT = Path(__file__).resolve().parent.parent
+DATA = ROOT / "benchmarks" / "data"
+MEMORY_FILESYSTEMS = {"tmpfs", "ramfs"}
 NODES = 3
 HOST = "127.0.0.1"
 START_S_MAX = 60.0
@@ -62,6 +67,29 @@ class System(Protocol):
         """Put it under load for about ``seconds``. Raises LoadError for a run that does not count."""
 
     def stop(self) -> None: ...
+
+
+# ---- Where the data is ---------------------------------------------------------------------------
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """A directory on a disk, removed at the end."""
+    DATA.mkdir(exist_ok=True)
+    _require_disk(DATA)
+    directory = Path(tempfile.mkdtemp(dir=DATA))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _require_disk(directory: Path) -> None:
+    """Stop here if ``directory`` is in memory, where fsync costs nothing and means nothing."""
+    mounts = {Path(p.mountpoint): p.fstype for p in psutil.disk_partitions(all=True)}
+    nearest = next((d for d in (directory, *directory.parents) if d in mounts), None)
+    if nearest and mounts[nearest] in MEMORY_FILESYSTEMS:
+        sys.exit(f"{directory} is on {mounts[nearest]}, not on a disk: fsync would cost nothing")
 
 
 # ---- Processes and ports -------------------------------------------------------------------------
