@@ -6,7 +6,7 @@ PYTHON ?= $(if $(wildcard .venv/bin/python),.venv/bin/python,python3)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help check test test-all sim bench failover exactly-once soak mutants fuzz chaos chaos-smoke crash-points power-loss
+.PHONY: help check test test-all sim bench failover exactly-once operations soak mutants fuzz chaos chaos-smoke crash-points power-loss
 
 help:  ## print this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
@@ -53,6 +53,9 @@ failover:  ## how long writes stop when the primary is killed, 20 times
 
 exactly-once:  ## what it costs to write in a session
 	$(PYTHON) -m benchmarks.session_load --rounds 50 --json benchmarks/results/session_load.json
+
+operations:  ## a million keys: load, restarts, lost disks, hand-overs, idleness, backups
+	$(PYTHON) -m benchmarks.operations --json benchmarks/results/operations.json
 
 soak:  ## half an hour of mixed load: does anything grow?
 	$(PYTHON) -m benchmarks.soak --json benchmarks/results/soak.json --plot docs/soak.svg
