@@ -541,8 +541,8 @@ class RaftNode:
         effects: list[Effect] = [
             partial(log.info, "members voters=%s learners=%s", voters, learners)
         ]
-        news = set(membership.members).difference(former.members)
-        effects += [self._links.to(m) for m in news if m.member_id != self.identity.member_id]
+        news = (m for m in membership.found_anew(former) if m.member_id != self.identity.member_id)
+        effects += map(self._links.to, news)
         self._links.dead.intersection_update(self._links)
         return effects
 

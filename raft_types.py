@@ -135,6 +135,14 @@ class Membership:
         """The member of this id, or None."""
         return next((m for m in self.members if m.member_id == member_id), None)
 
+    def found_anew(self, former: Membership) -> list[Member]:
+        """Those whose peer address is not the one that ``former`` has, if it has one.
+
+        The others may have been found elsewhere since: an address that is no news must not undo it.
+        """
+        known = {(m.member_id, m.host, m.peer_port) for m in former.members}
+        return [m for m in self.members if (m.member_id, m.host, m.peer_port) not in known]
+
     def has_quorum(self, supporters: Iterable[MemberId]) -> bool:
         """Whether the voters among ``supporters`` are a majority of all voters."""
         return len(set(supporters).intersection(self.voters)) >= self.quorum

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -559,7 +560,8 @@ def test_audit_when_the_troubled_node_restarts_then_it_serves_again(
 # ---- Modes -------------------------------------------------------------------------------------
 
 ASYNC = NodeConfig(0.2, 0.8, 1.2, async_replication=True)
-LEASE = NodeConfig(0.2, 0.8, 1.2, lease_reads=True)
+# Long enough that a slow machine does not let a lease end before a test has used it.
+LEASE = NodeConfig(0.3, 2.0, 3.0, lease_reads=True)
 
 
 def test_async_when_a_write_is_blind_then_ok_comes_from_the_primarys_own_disk(
@@ -610,7 +612,7 @@ def test_async_when_a_write_is_not_committed_then_not_even_the_lease_answers_wit
     make_trio: Callable[..., Trio],
 ) -> None:
     """The read waits for the commit, which never comes here; an old value would be a lie."""
-    trio = make_trio(NodeConfig(0.2, 0.8, 1.2, async_replication=True, lease_reads=True))
+    trio = make_trio(replace(LEASE, async_replication=True))
     leader = _with_lease(trio)
     trio.await_applied(leader.set("k", "old"))
     trio.isolate(leader)
@@ -654,8 +656,7 @@ def test_lease_when_a_new_leader_is_elected_then_it_waits_until_the_old_lease_ha
     make_trio: Callable[..., Trio],
 ) -> None:
     """A dead leader is replaced at once, so its lease may still run: nobody may write meanwhile."""
-    config = NodeConfig(0.3, 2.0, 3.0, lease_reads=True)
-    trio = make_trio(config)
+    trio = make_trio(LEASE)
     old = trio.leader()
     old.set("k", "v")
     others = trio.others(old)
@@ -670,7 +671,7 @@ def test_lease_when_a_new_leader_is_elected_then_it_waits_until_the_old_lease_ha
     assert new.node.wait_for_primary(PATIENCE_S) == new.member
 
     # Elected at most one poll of this test earlier than seen.
-    assert time.monotonic() - elected_s > 0.8 * config.election_timeout_min_s
+    assert time.monotonic() - elected_s > 0.8 * LEASE.election_timeout_min_s
     assert new.get("k") == b"v"
 
 
@@ -884,6 +885,24 @@ def test_member_when_its_new_address_is_in_the_log_then_it_is_dialled_there(
         change_members(leader.node, joining(moved.member))
 
         there.accept()[0].close()  # TimeoutError if nobody dials
+
+
+def test_learner_when_promoted_before_the_log_knows_its_new_address_then_it_is_still_reached(
+    make_trio: Callable[..., Trio],
+) -> None:
+    """The entry that promotes it repeats the old address, which is no news: it was found elsewhere."""
+    trio = make_trio(count=1)
+    leader = trio.leader()
+    announced, here = trio.place("n9"), trio.place("n9")
+    change_members(leader.node, joining(announced))
+    newcomer = Server(trio, here._replace(member_id=announced.member_id), QUICK)
+    trio.servers.append(newcomer)
+    newcomer.start()
+
+    newcomer.node.meet(leader.member)
+
+    eventually(lambda: leader.status.voters == 2, "it is promoted by itself")
+    trio.await_applied(leader.set("k", "v"))
 
 
 def test_link_when_its_member_was_removed_then_ends(make_trio: Callable[..., Trio]) -> None:

@@ -14,7 +14,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
+from cluster_nodes import free_ports
 from kv_commands import encode_payload
+from kv_config import PEER_PORT_OFFSET
 from kv_errors import (
     KVError,
 )
@@ -43,6 +45,7 @@ T = TypeVar("T")
 PATIENCE_S = 20.0
 # Three missed heartbeats and more, so that a busy machine causes no election by itself.
 QUICK = NodeConfig(0.2, 0.8, 1.2)
+PORTS = 20  # more than the tests of one trio place
 
 
 def eventually(condition: Callable[[], T | None], what: str, within_s: float = PATIENCE_S) -> T:
@@ -221,6 +224,8 @@ class Trio:
         self.directory = directory
         self.network = Network()
         self.cluster_id = new_id()
+        # Not of those that the system gives to outgoing connections: until a node listens, it is free.
+        self._ports = iter(free_ports(PORTS))
         members = [self.place(f"n{number}", voter=True) for number in range(1, count + 1)]
         founding = Entry(1, 1, EntryKind.MEMBERSHIP, Membership(tuple(members)).encode())
         for member in members:
@@ -231,13 +236,9 @@ class Trio:
         self.servers = [Server(self, member, config) for member in members]
 
     def place(self, node_id: str, *, voter: bool = False) -> Member:
-        """A member on a free port."""
-        listener = PeerListener(
-            "127.0.0.1", 0, boot_id=new_id(), lease_reads=False, on_fatal=_no_fatal
-        )
-        peer_port = listener.address[1]
-        listener.close()
-        return Member(new_id(), node_id, "127.0.0.1", peer_port - 1000, peer_port, voter)
+        """A member on ports of its own."""
+        port = next(self._ports)
+        return Member(new_id(), node_id, "127.0.0.1", port, port + PEER_PORT_OFFSET, voter)
 
     def move(self, server: Server) -> Server:
         """Stop it; it will start at another address."""
