@@ -601,6 +601,170 @@ _OWN = (
             "tests/test_raft_core.py::test_follower_that_lacks_what_it_acknowledged_is_named_and_counted_on_no_more",
         ),
     ),
+    Mutant(
+        "later-memberships-kept",
+        "a state that replaces the log leaves that log's memberships",
+        "raft_core.py",
+        "            self._memberships.truncate_from(index + 1)\n"
+        "            self._memberships.restore(snapshot, self.commit_index)\n",
+        "            self._memberships.restore(snapshot, self.commit_index)\n",
+        (
+            "tests/test_raft_core_snapshot.py::test_membership_in_a_log_that_differs_from_the_state_goes_with_it",
+        ),
+    ),
+    Mutant(
+        "any-log-fits",
+        "a restart takes any log that is long enough for the one behind the state",
+        "raft_snapshots.py",
+        "    if index <= disk.last_index and disk.term_at(index) == snapshot.term:\n",
+        "    if index <= disk.last_index:\n",
+        (
+            "tests/test_raft_order.py::test_log_when_it_differs_from_the_state_then_it_begins_anew_behind_it",
+        ),
+    ),
+    Mutant(
+        "states-mixed",
+        "chunks of two transfers become one state",
+        "raft_snapshots.py",
+        "        if incoming is None or incoming.last_chunk.snapshot_id != chunk.snapshot_id:\n",
+        "        if incoming is None:\n",
+        (
+            "tests/test_raft_order.py::test_chunk_of_another_transfer_begins_anew_and_the_old_one_is_refused",
+        ),
+    ),
+    Mutant(
+        "chunk-of-anyone",
+        "a chunk of a leader of before is taken",
+        "raft_node.py",
+        "                    if message.sender == core.leader_id and message.term == core.term:\n"
+        "                        effects.append(partial(self._keeper.on_chunk, message))\n",
+        "                    effects.append(partial(self._keeper.on_chunk, message))\n",
+        ("tests/test_raft_node.py::test_messages_of_an_old_term_are_not_believed",),
+    ),
+    Mutant(
+        "hash-of-before-believed",
+        "a hash that was reported to a leader of before is counted",
+        "raft_node.py",
+        "        if report.term != core.term:\n            return []\n",
+        "",
+        ("tests/test_raft_node.py::test_messages_of_an_old_term_are_not_believed",),
+    ),
+    Mutant(
+        "lease-too-long",
+        "a lease is longer than an election timeout",
+        "raft_watch.py",
+        "    FRACTION = 0.8\n",
+        "    FRACTION = 3.0\n",
+        (
+            "tests/test_raft_watch.py::test_lease_runs_from_the_begin_of_the_round_that_a_majority_answered",
+        ),
+    ),
+    Mutant(
+        "lease-from-the-answer",
+        "a lease runs from the answer of a majority, not from the question",
+        "raft_watch.py",
+        "            _, began_s = self._started.popleft()\n"
+        "            self._valid_until_s = began_s +",
+        "            self._started.popleft()\n            self._valid_until_s = self._clock() +",
+        (
+            "tests/test_raft_watch.py::test_lease_runs_from_the_begin_of_the_round_that_a_majority_answered",
+        ),
+    ),
+    Mutant(
+        "lease-renewed-by-looking",
+        "a lease is renewed without a new round",
+        "raft_watch.py",
+        "        if self._noted_round < core.round:\n            self._noted_round = core.round\n",
+        "        if not self._started or self._started[-1][0] < core.round:\n"
+        "            self._noted_round = core.round\n",
+        (
+            "tests/test_raft_watch.py::test_lease_is_not_renewed_by_a_round_that_was_answered_before",
+        ),
+    ),
+    Mutant(
+        "stop-says-not-done",
+        "a node that stops calls a write that may be in the log not done",
+        "raft_node.py",
+        '            effects = self._fail_waiting_locked(0, OutcomeUnknownError("the node is stopping"))\n',
+        '            effects = self._fail_waiting_locked(0, NoPrimaryError("the node is stopping"))\n',
+        ("tests/test_raft_node.py::test_stop_when_a_write_waits_then_its_outcome_is_unknown",),
+    ),
+    Mutant(
+        "state-with-later-members",
+        "a state is saved with the members of later",
+        "raft_node.py",
+        "                membership_index, membership = self._core.membership_at(index)\n",
+        "                membership_index, membership = self._core.membership_at(2**62)\n",
+        ("tests/test_raft_node.py::test_state_that_is_saved_has_the_membership_of_its_index",),
+    ),
+    Mutant(
+        "replaced-entries-applied",
+        "what is replaced in memory is applied from the disk",
+        "raft_node.py",
+        "                last = min(self._core.commit_index, self._core.log.stable_index)\n",
+        "                last = self._core.commit_index\n",
+        (
+            "tests/test_raft_node_disk.py::test_follower_when_it_applies_from_disk_then_only_what_its_disk_holds",
+        ),
+    ),
+    Mutant(
+        "sessions-by-number",
+        "a state that is loaded forgets which session was used last",
+        "kv_client_sessions.py",
+        'key=attrgetter("used_index")',
+        'key=attrgetter("id")',
+        (
+            "tests/test_kv_store_flush.py::test_load_gives_sessions_back_in_the_order_of_their_last_use",
+        ),
+    ),
+    Mutant(
+        "deadlines-forgotten",
+        "deadlines are tidied up and forgotten",
+        "kv_store.py",
+        "            self._heap = [(deadline_ms, key) for key, deadline_ms in self._deadlines.items()]\n",
+        "            self._heap = []\n",
+        ("tests/test_kv_store.py::test_due_when_deadlines_were_tidied_up_still_names_the_rest",),
+    ),
+    Mutant(
+        "transfers-outlive-leadership",
+        "a state is sent on after the leadership has ended",
+        "raft_snapshots.py",
+        "                self._over += self._outgoing.values()\n"
+        "                self._outgoing.clear()\n",
+        "",
+        ("tests/test_state_keeper.py::test_sending_when_the_leadership_ends_then_it_is_over",),
+    ),
+    Mutant(
+        "back-to-the-old-address",
+        "a member is looked for where the log's last change still has it",
+        "raft_types.py",
+        "        return [m for m in self.members if (m.member_id, m.host, m.peer_port) not in known]\n",
+        "        return [m for m in self.members if m not in former.members or not known]\n",
+        (
+            "tests/test_raft_node.py::test_learner_when_promoted_before_the_log_knows_its_new_address_then_it_is_still_reached",
+        ),
+    ),
+    Mutant(
+        "lease-outlives-leadership",
+        "a lease goes on when the leadership has ended",
+        "raft_watch.py",
+        "        if not self._enabled or core.role is not Role.LEADER:\n"
+        "            self._valid_until_s = 0.0\n",
+        "        if not self._enabled or core.role is not Role.LEADER:\n",
+        ("tests/test_raft_watch.py::test_lease_ends_with_the_leadership",),
+    ),
+    Mutant(
+        "transfer-forgets-own-disk",
+        "a transfer does not go on when the leader's own disk completes the majority",
+        "raft_core.py",
+        "            if self.role is Role.LEADER:\n"
+        "                self._advance_commit()\n"
+        "                self._go_on_with_transfer()\n",
+        "            if self.role is Role.LEADER:\n                self._advance_commit()\n",
+        (
+            "tests/test_raft_core_transfer.py::test_target_is_told_when_the_leaders_own_disk_completes_the_majority",
+        ),
+    ),
 )
 
 MUTANTS: Final[tuple[Mutant, ...]] = (*_FAULT_MODEL, *_OWN)
