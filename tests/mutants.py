@@ -32,8 +32,7 @@ from typing import Final, NamedTuple
 import pytest
 
 from tests.mutant_table import MUTANTS, SIMULATION, Mutant
-from tests.sim_invariants import ViolationError
-from tests.simulator import run
+from tests.simulator import BROKEN, first_violation
 from tests.test_raft_simulation import MUTANTS as SWITCHES
 
 ROOT: Final = Path(__file__).resolve().parent.parent
@@ -119,7 +118,7 @@ def _simulated(tree: Path, switch: str) -> tuple[bool, str]:
     if done.returncode not in (_HELD, _CAUGHT):
         return False, f"broken: {done.stderr.strip().splitlines()[-1:]}"
     said = json.loads(done.stdout)
-    if _BROKEN.search(said["violation"]):
+    if said["is_broken"]:
         return False, f"broken: {said['violation']}"
     if done.returncode == _HELD:
         return False, f"not in {said['seeds']} seeds"
@@ -149,15 +148,11 @@ def simulate(switch: str) -> int:
     for mutate in SWITCHES:
         if mutate.__name__ == switch:
             mutate(patch)
-    status, violation, seed = _HELD, "", 0
-    for seed in range(SEEDS_MAX):
-        try:
-            run(seed)
-        except ViolationError as error:
-            status, violation = _CAUGHT, str(error).splitlines()[0].partition(": ")[2]
-            break
-    print(json.dumps({"seeds": seed + 1, "violation": violation}))
-    return status
+    seeds, error = first_violation(range(SEEDS_MAX))
+    violation = "" if error is None else str(error).splitlines()[0].partition(": ")[2]
+    is_broken = error is not None and isinstance(error.__cause__, BROKEN)
+    print(json.dumps({"seeds": seeds, "violation": violation, "is_broken": is_broken}))
+    return _HELD if error is None else _CAUGHT
 
 
 # ---- All mutants -------------------------------------------------------------------------------

@@ -49,14 +49,16 @@ def _data(directory: str, suffix: str | None = None) -> coverage.Coverage:
 
 
 def _run(seed: int, steps: int) -> tuple[Counter[str], str]:
-    """What happened, and what failed."""
-    from tests.sim_invariants import ViolationError
+    """What happened, and what failed or was invalid."""
+    from tests.sim_invariants import InvalidRunError, ViolationError
     from tests.simulator import run
 
     try:
         return run(seed, steps=steps), ""
     except ViolationError as failure:
         return Counter(), str(failure)
+    except InvalidRunError as invalid:
+        return Counter(), f"invalid: {invalid}"
 
 
 def _run_one(task: tuple[int, int]) -> tuple[int, Counter[str], list[str]]:
@@ -131,7 +133,7 @@ def main() -> int:
             measured = _data(directory)
             measured.combine([directory])
             percent = measured.report(show_missing=True)
-    verdict = f"{len(failures)} of {args.seeds} seeds failed"
+    verdict = f"{len(failures)} of {args.seeds} seeds failed or were invalid"
     sys.stdout.write(f"{verdict}, in {time.monotonic() - began:.0f} s\n")
     for failure in failures:
         sys.stdout.write(f"{failure}\n")

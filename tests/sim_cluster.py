@@ -4,8 +4,9 @@ Rule 1: what a disk did not sync is lost in a crash, or kept, or kept in part, a
 Rule 2: after every step of every server the invariants are checked (``sim_invariants.py``).
 Rule 3: the driver's part is played as ``raft_node.py`` plays it, each of its threads an event.
 
-A run is a storm (``sim_faults.py``), then calm, in which the cluster must come to rest and every
-client get its answers, then one follower cut off and returned.
+A run is storms (``sim_faults.py``) with lulls between them, in which a majority must answer whatever
+became of the others; then calm, in which the cluster must come to rest and every client get its
+answers; then one follower cut off and returned.
 
 Started by ``simulator.py``. Chance and time: ``sim_world.py``. Links: ``sim_network.py``. Who comes
 and goes: ``sim_members.py``. Who asks: ``sim_clients.py``.
@@ -47,12 +48,16 @@ from tests.sim_members import Members
 from tests.sim_network import Network
 from tests.sim_world import CALM, NUISANCES, SimClock, World
 
-STEPS = 4000
+STEPS = 8000
 # What can be left out of a history.
 KINDS = (*FAULTS, *NUISANCES, *WORKLOADS, "joins")
-# After the storm, in the longest election timeouts: until there is a leader, until all is equal.
+# In the calm, in the longest election timeouts: until there is a leader, until clients have their
+# answers though the first servers that they ask are not there, until all is equal.
 LEADER_TIMEOUTS = 5
+ANSWER_TIMEOUTS = 10
 REST_TIMEOUTS = 15
+LULL_TICKS_MAX = 10_000
+APPLY_TICKS = 0.05  # for so many bytes
 CHUNK_RETRY_TICKS = 8
 LEAVING_TICKS = 30
 CHUNK_RETRIES_MAX = 5
@@ -93,6 +98,7 @@ class SimServer(Watched):
         self.asleep_until = 0.0  # as under SIGSTOP
         self.writing = False  # the log writer has a Ready and has not come back
         self.unsynced: Ready | None = None  # what a crash would take
+        self.applying = False  # the applier goes on soon: not all fitted in one go
         self.reading: set[MemberId] = set()  # followers for whom entries are read from the disk
         self.sending: dict[MemberId, Sending] = {}
         self.receiving = Receiving()
@@ -126,6 +132,7 @@ class Simulation(World):
         self.window_bytes_max = self.rng.choice((0, 600, 100_000))
         self.save_ticks = self.rng.choice((4, 15, 60, 1e9))  # the mean time between states saved
         self.tail_entries = self.rng.choice((0, 3, 20))  # kept in the log though the state has them
+        self.apply_bytes = self.rng.choice((200, 2000))
         self.upkeep_ticks = self.rng.choice((10, 10, 1000))
         self.chunk_bytes = self.rng.choice((200, 1000, 10_000))
         drawn = self.rng.choice((1, 2, 3, 3, 3, 3, 5, 5, 5))
@@ -134,7 +141,10 @@ class Simulation(World):
         self.servers: dict[MemberId, SimServer] = {}
         self.retired: set[MemberId] = set()  # who is removed, and has ended
         self.invariants = Invariants(self, self.names, self.counts)
-        self.network = Network(self)
+        self.storm_steps = self.rng.choice((500, 1000, 2000))
+        self.lull_ticks = self.rng.choice((10, 40, 80))  # that clients have once there are answers
+        self.away: set[MemberId] = set()  # who takes no part in a lull
+        self.network = Network(self, self._on_mended)
         self.members = Members(self, "joins" not in without)
         self.clients = Clients(self, without)
         self.faults = Faults(self, without)
@@ -152,13 +162,17 @@ class Simulation(World):
     # ---- The course of a history ----
 
     def run(self, steps: int = STEPS) -> Counter[str]:
-        """A storm of so many steps, calm, one follower cut off and returned; what happened, counted."""
+        """Storms and lulls of so many steps, calm, one cut off and returned; what happened, counted."""
         for name in self.names:
             self.start_server(name)
         self.faults.start()
         self.members.start()
         self.clients.start()
-        self.run_steps(steps)
+        self.run_steps(min(steps, self.storm_steps))
+        while self.steps < steps:
+            self._lull()
+            self.run_steps(min(steps - self.steps, self.storm_steps))
+        self.is_over = True
         self._calm_down()
         self._settle()
         self.clients.ask_for_all()
@@ -169,30 +183,80 @@ class Simulation(World):
         return self.counts
 
     def _calm_down(self) -> None:
+        """The storm ends, for all but those who are away."""
         self.say("the storm ends")
         self.weather = CALM
         self.network.heal()
-        for name in list(self.disks):
+        for name in self.disks.keys() - self.away:
             server = self.servers.get(name)
             if server is not None and server.is_distrusted:
                 self.crash(server)  # only a restart brings a distrusted state machine back
             self.restart(name)
-        for server in self.servers.values():
+        for server in self._present():
             server.disk_hangs_until = 0
             server.tick_length = max(0.8, min(server.tick_length, 1.25))
-        for server in list(self.servers.values()):
+        for server in self._present():
             self._connect(server, 1)
+
+    def _lull(self) -> None:
+        """I15: as many as are a majority go on, whatever became of the others; then a new storm."""
+        self.away = self._minority()
+        self._calm_down()
+        self._send_away()
+        self._wait(LEADER_TIMEOUTS, self._is_led, "no leader")
+        self.clients.ask_each([server.name for server in self._present()])
+        self._wait(ANSWER_TIMEOUTS, lambda: self.clients.have_answers, "no answers")
+        self.counts["lulls"] += 1
+        self.counts["lulls of a mere majority"] += bool(self.away)
+        self.run_until(self.now + self.lull_ticks)
+        self.say("a storm begins")
+        self.weather = self.storm
+        self.heal()
+        away, self.away = self.away, set()
+        for name in sorted(away):
+            self.restart(name)
+
+    def _minority(self) -> set[MemberId]:
+        """Some servers without which the others can go on; as often as not none."""
+        away: set[MemberId] = set()
+        if self.chance(0.5):
+            for name in self.rng.sample(sorted(self.disks), len(self.disks)):
+                if self.members.can_do_without(away | {name}):
+                    away.add(name)
+        return away
+
+    def _send_away(self) -> None:
+        for name in sorted(self.away):
+            server, others = self.servers.get(name), self.disks.keys() - {name}
+            if server is None:
+                continue
+            way = self.rng.choice(("down", "alone", "deaf", "mute"))
+            self.counts[f"away: {way}"] += 1
+            if way == "down":
+                self.crash(server)
+            elif way == "alone":
+                self.network.isolate(name, others, LULL_TICKS_MAX)
+            else:
+                self.network.silence(name, others, LULL_TICKS_MAX, is_deaf=way == "deaf")
+
+    def _present(self) -> list[SimServer]:
+        return [server for name, server in self.servers.items() if name not in self.away]
+
+    def _is_led(self) -> bool:
+        return any(server.core.role is Role.LEADER for server in self._present())
 
     def _settle(self) -> None:
         """I15: soon a leader; then every learner has its vote or stays one, all logs are equal and
         applied, and who was removed has heard it."""
-        self._wait(LEADER_TIMEOUTS, lambda: bool(self.leaders()), "no leader")
-        self._wait(REST_TIMEOUTS, self._is_at_rest, "not at rest")
-
-    def _wait(self, timeouts: int, reached: Callable[[], bool], otherwise: str) -> None:
+        self._wait(LEADER_TIMEOUTS, self._is_led, "no leader")
         # Where each entry is a message of its own, and one at a time, catching up takes longer.
         longest = max(len(server.log) for server in self.servers.values())
-        limit = self.now + timeouts * self.config.election_ticks_max + 2 * longest
+        self._wait(REST_TIMEOUTS, self._is_at_rest, "not at rest", 2 * longest)
+
+    def _wait(
+        self, timeouts: int, reached: Callable[[], bool], otherwise: str, more_ticks: int = 0
+    ) -> None:
+        limit = self.now + timeouts * self.config.election_ticks_max + more_ticks
         while not reached():
             roles = {name: server.core.role.value for name, server in self.servers.items()}
             self.invariants.require(self.now < limit, f"I15: {otherwise} by {limit}: {roles}")
@@ -235,8 +299,9 @@ class Simulation(World):
         ]
         if not followers:
             return
-        self.network.isolate(self.rng.choice(followers), list(self.disks))
-        self.run_until(self.now + 3 * self.config.election_ticks_max)
+        ticks = 3 * self.config.election_ticks_max
+        self.network.isolate(self.rng.choice(followers), self.disks, ticks)
+        self.run_until(self.now + ticks)
         self.heal()
         self.run_until(self.now + self.config.election_ticks_max)
         self._settle()
@@ -395,7 +460,7 @@ class Simulation(World):
 
     def _push(self, server: SimServer) -> None:
         core = server.core
-        for peer in [*core.progress, *(n for n in self.servers if n not in core.progress)]:
+        for peer in list(core.progress):
             if self.chance(self.weather.late):
                 continue
             # A link is told to look, or does so by itself.
@@ -437,10 +502,10 @@ class Simulation(World):
 
     def _apply(self, server: SimServer) -> None:
         first = server.applied_index + 1
-        entries = server.core.entries_to_apply(first, 200)
+        entries = server.core.entries_to_apply(first, self.apply_bytes)
         if entries is None:
             last = min(server.core.commit_index, server.core.log.stable_index)
-            entries = tuple(server.disk.read(first, last, 200))
+            entries = tuple(server.disk.read(first, last, self.apply_bytes))
             self.counts["applied from disk"] += 1
         for entry in entries:
             self.invariants.before_apply(server, entry)
@@ -452,6 +517,14 @@ class Simulation(World):
             self.invariants.after_apply(server, entry)
             self.clients.on_applied(server, entry, reply)
         server.core.applied_to(server.applied_index)
+        if entries and not server.applying and server.applied_index < server.core.commit_index:
+            server.applying = True
+            self.at(APPLY_TICKS, self._apply_on, server)
+
+    def _apply_on(self, server: SimServer) -> None:
+        if server.up and not self.sleeps(server, self._apply_on, server):
+            server.applying = False
+            self._apply(server)
 
     # ---- States, saved and sent ----
 
@@ -651,6 +724,10 @@ class Simulation(World):
             self._on_snapshot_reply(server, message)
         self.after(server)
 
+    def _on_mended(self, name: MemberId) -> None:
+        if name in self.servers:
+            self._connect(self.servers[name], 0.5)
+
     def heal(self) -> None:
         """All links work again; some connections are new."""
         self.network.heal()
@@ -666,8 +743,8 @@ class Simulation(World):
             self.at(self.rng.uniform(0.1, 40), self.restart, server.name)
 
     def restart(self, name: MemberId) -> None:
-        """What has crashed comes back, unless it has none to come back to."""
-        gone = self.retired | self.members.lost
+        """What has crashed comes back, unless it has none to come back to, or stays away."""
+        gone = self.retired | self.members.lost | self.away
         if name not in self.servers and name not in gone:
             self.start_server(name)
 

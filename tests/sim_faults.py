@@ -74,18 +74,22 @@ class Faults:
         }
 
     def start(self) -> None:
-        """From now on faults come, until the calm."""
-        self._cluster.at(self._cluster.pause(self._cluster.weather.fault_ticks), self._next)
+        """From now on faults come, in each storm."""
+        if self._kinds and not self._cluster.is_over:
+            self._cluster.at(self._cluster.pause(self._cluster.storm.fault_ticks), self._next)
 
     def _next(self) -> None:
         cluster = self._cluster
-        if cluster.weather is CALM or not self._kinds:
-            return
+        if cluster.weather is not CALM:
+            self._strike()
+        self.start()
+
+    def _strike(self) -> None:
+        cluster = self._cluster
         weights = [weight for _, weight in self._kinds.values()]
         ((name, (fault, _)),) = cluster.rng.choices([*self._kinds.items()], weights)
         cluster.counts[f"fault {name}"] += 1
         fault()
-        self.start()
 
     def _some_server(self) -> SimServer | None:
         """A leader more often than not: there lies the danger."""
@@ -150,10 +154,13 @@ class Faults:
     def _isolate_leader(self) -> None:
         server = self._some_server()
         if server is not None:
-            self._cluster.network.isolate(server.name, list(self._cluster.disks))
+            self._cluster.network.isolate(server.name, self._cluster.disks, self._cut_ticks())
 
     def _cut(self) -> None:
-        self._cluster.network.break_somehow(list(self._cluster.servers))
+        self._cluster.network.break_somehow(list(self._cluster.servers), self._cut_ticks())
+
+    def _cut_ticks(self) -> float:
+        return self._cluster.rng.uniform(1, self._cluster.weather.cut_ticks)
 
     def _send_needless_state(self) -> None:
         """To one that does not need it (any more): a state may come at any time."""

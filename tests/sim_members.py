@@ -142,7 +142,7 @@ class Members:
         """A server's disk is gone: its member never comes back, a new one takes its place."""
         cluster = self._cluster
         name = cluster.rng.choice(sorted(cluster.disks))
-        if self.lost or name in cluster.retired or not self._can_do_without(name):
+        if self.lost or name in cluster.retired or not self.can_do_without({name}):
             return
         server = cluster.servers.get(name)
         if server is not None:
@@ -153,10 +153,13 @@ class Members:
         self._remove_lost(name)
         self.join_next()
 
-    def _can_do_without(self, name: MemberId) -> bool:
-        """Whether the others are a majority, whichever membership may be in force."""
+    def can_do_without(self, names: set[MemberId]) -> bool:
+        """Whether the others are a majority, whichever membership may be in force.
+
+        Also should those of them who are learners just now get their votes.
+        """
         cluster = self._cluster
-        gone = {name} | cluster.retired
+        gone = names | cluster.retired | self.lost
         committed = cluster.invariants.committed
         settled_index = max(
             (e.index for e in committed if e.kind is EntryKind.MEMBERSHIP), default=0
@@ -168,7 +171,12 @@ class Members:
                 for e in disk.found()
                 if e.kind is EntryKind.MEMBERSHIP and e.index >= settled_index
             ]
-        return all(m.has_quorum(set(m.voters) - gone) for m in memberships if m.members)
+        for members in memberships:
+            voters = set(members.voters)
+            learners = {m.member_id for m in members.members} - voters
+            if members.members and 2 * len(voters - gone) <= len(voters | (learners & gone)):
+                return False
+        return True
 
     def _remove_lost(self, name: MemberId) -> None:
         cluster = self._cluster

@@ -34,10 +34,11 @@ class Weather(NamedTuple):
     sync_error: float  # the chance that a sync fails, which ends the server
     late: float  # the chance that a server's thread does its work only the next time
     fault_ticks: float  # the mean time between faults
+    cut_ticks: float  # the longest that a link stays cut
     client_ticks: float  # the mean time that a client thinks
 
 
-CALM = Weather(0, 0, (0.3, 0.3), 0, 0, 0.3, 0, 0, 0, 1e9, 5)
+CALM = Weather(0, 0, (0.3, 0.3), 0, 0, 0.3, 0, 0, 0, 1e9, 0, 2)
 
 
 def storm(rng: random.Random) -> Weather:
@@ -53,6 +54,7 @@ def storm(rng: random.Random) -> Weather:
         sync_error=rng.choice((0, 0, 0.002)),
         late=rng.choice((0, 0.3)),
         fault_ticks=rng.choice((5, 10, 25, 60)),
+        cut_ticks=rng.choice((10, 40, 120)),
         client_ticks=rng.choice((0.5, 2, 6)),
     )
 
@@ -91,9 +93,11 @@ class World:
         self.rng = random.Random(seed)
         self.now = 0.0
         self.steps = 0
-        self.weather = storm(self.rng)
+        self.storm = storm(self.rng)
         for name in sorted(NUISANCES.keys() & set(without)):
-            self.weather = self.weather._replace(**NUISANCES[name])  # type: ignore[arg-type]
+            self.storm = self.storm._replace(**NUISANCES[name])  # type: ignore[arg-type]
+        self.weather = self.storm  # or CALM
+        self.is_over = False  # the last storm has ended: nobody begins anything new
         self.counts: Counter[str] = Counter()  # what has happened, so that a test can ask for it
         self.tracing = trace is not None
         self._trace = trace

@@ -14,15 +14,22 @@ from __future__ import annotations
 import argparse
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 if __name__ == "__main__":  # as a script, its own folder is where Python would look
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from tests.sim_cluster import KINDS, STEPS, Simulation
-from tests.sim_invariants import ViolationError
+from tests.sim_invariants import InvalidRunError, ViolationError
 from tests.sim_shrink import Case, shrink
+
+# Of a history's steps, one that a client's answer must come of; usual are five times as many.
+STEPS_AN_ANSWER = 400
+
+
+# What a mutant that is itself broken dies of. An assertion is what a cluster dies of.
+BROKEN = (AttributeError, ImportError, KeyError, NameError, SyntaxError, TypeError)
 
 
 def command(seed: int, steps: int, nodes: int | None, without: Collection[str]) -> str:
@@ -40,13 +47,14 @@ def run(
     nodes: int | None = None,
     without: Collection[str] = (),
 ) -> Counter[str]:
-    """Run one history; what happened, counted. Raises ViolationError that tells how to replay.
+    """Run one history; what happened, counted. Raises ViolationError that tells how to replay,
+    or InvalidRunError where clients had so few answers that the run can't be called a passed one.
 
     ``steps``: of its storm; ``nodes``: founders, else as chance will; ``without``: what is left out.
     """
     simulation = Simulation(seed, trace, nodes=nodes, without=without)
     try:
-        return simulation.run(steps)
+        happened = simulation.run(steps)
     except Exception as error:  # whatever a node would die of
         failure = ViolationError(
             f"seed={seed} step={simulation.steps} time={simulation.now:.2f}: "
@@ -55,6 +63,25 @@ def run(
         )
         failure.step = simulation.steps
         raise failure from error
+    if happened["answers"] < steps // STEPS_AN_ANSWER:
+        raise InvalidRunError(
+            f"seed={seed}: {happened['answers']} answers in {steps} steps are too few\n"
+            f"replay: {command(seed, steps, nodes, without)}"
+        )
+    return happened
+
+
+def first_violation(seeds: Iterable[int]) -> tuple[int, ViolationError | None]:
+    """How many of the histories it took until one failed, and how; None: none did."""
+    count = 0
+    for count, seed in enumerate(seeds, 1):
+        try:
+            run(seed)
+        except ViolationError as violation:
+            return count, violation
+        except InvalidRunError:
+            continue
+    return count, None
 
 
 def shrunk(seed: int, case: Case, say: Callable[[str], None]) -> Case:
@@ -66,6 +93,8 @@ def shrunk(seed: int, case: Case, say: Callable[[str], None]) -> Case:
             run(seed, steps=steps, nodes=nodes, without=without)
         except ViolationError as failure:
             return failure.step
+        except InvalidRunError:
+            return None
         return None
 
     return shrink(case, [*KINDS], fails, say)
@@ -75,11 +104,18 @@ def _print(line: str) -> None:
     sys.stdout.write(line + "\n")
 
 
+def _steps(text: str) -> int:
+    steps = int(text)
+    if steps < 1:
+        raise argparse.ArgumentTypeError("a history has one step at least")
+    return steps
+
+
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A cluster in a made-up world.")
     parser.add_argument("--seed", type=int, required=True, help="the history, or the first one")
     parser.add_argument("--count", type=int, help="run that many, and print only the sums")
-    parser.add_argument("--steps", type=int, default=STEPS, help="how long the storm lasts")
+    parser.add_argument("--steps", type=_steps, default=STEPS, help="how long the storms last")
     parser.add_argument("--nodes", type=int, choices=range(1, 8), help="founders of the cluster")
     parser.add_argument("--without", default="", help=f"leave out, of {','.join(KINDS)}")
     parser.add_argument("--shrink", action="store_true", help="find the smallest failing history")
@@ -87,7 +123,7 @@ def _parsed() -> argparse.Namespace:
 
 
 def main() -> int:
-    """Print one history, or run many; 1 if one fails."""
+    """Print one history, or run many; 1 if one fails, 2 if one is invalid."""
     args = _parsed()
     without = frozenset(args.without.split(",") if args.without else ())
     if without - set(KINDS):
@@ -105,6 +141,9 @@ def main() -> int:
             case = shrunk(seed, Case(steps, nodes, without), _print)
             _print(f"shrunk: {command(seed, *case)}")
         return 1
+    except InvalidRunError as error:
+        _print(f"invalid: {error}")
+        return 2
     for what, times in sorted(happened.items()):
         _print(f"{times:8d} {what}")
     return 0
