@@ -44,8 +44,10 @@ TEXT_MAX: Final = 130  # of what a simulation says, in the table
 # An exit status of the simulation in a process of its own.
 _HELD, _CAUGHT = 0, 10
 # What says that the mutant itself is broken, not that it was caught.
-_BROKEN_ERRORS: Final = "SyntaxError|IndentationError|ImportError|ModuleNotFoundError|NameError"
-_BROKEN: Final = re.compile(rf"\b({_BROKEN_ERRORS}|UnboundLocalError)\b")
+_BROKEN: Final = re.compile(
+    rf"\b({'|'.join(error.__name__ for error in BROKEN)})\b"
+    r"|\b(IndentationError|ModuleNotFoundError|UnboundLocalError)\b"
+)
 
 
 class Verdict(NamedTuple):

@@ -23,7 +23,7 @@ from itertools import count
 from typing import TYPE_CHECKING
 
 from kv_commands import decode_payload, encode_payload
-from kv_errors import KVError, MismatchError, NoSessionError
+from kv_errors import AnswerForgottenError, KVError, MismatchError, NoSessionError
 from kv_store import ExpiredKeysError, purge_request
 from kv_types import RepeatedReply, Reply
 from raft_core import NotLeaderError, TooMuchUncommittedError, TransferUnderWayError
@@ -58,6 +58,7 @@ class Wanted:
     expected_version: int | None = None
     until_answered: bool = False  # done twice is as good as once, so it may be sent again
     may_be_done: bool = False
+    serial: int = 0
     refusals: int = 0
 
     @property
@@ -105,6 +106,26 @@ class Desk:
         return all_of_them
 
 
+class Session:
+    """One session, in which several clients may be at something: a client that does not wait."""
+
+    def __init__(self, session_id: int) -> None:
+        self.id = session_id
+        self._last_serial = 0
+        self._unanswered: set[int] = set()
+
+    def begin(self, wanted: Wanted) -> None:
+        """Give it the next serial."""
+        self._last_serial = wanted.serial = self._last_serial + 1
+        self._unanswered.add(wanted.serial)
+        once = b"SESSION DO %d %d %d" % (self.id, wanted.serial, min(self._unanswered))
+        wanted.argv[:0] = once.split()
+
+    def end(self, wanted: Wanted) -> None:
+        """It is not asked for again."""
+        self._unanswered.discard(wanted.serial)
+
+
 class Client:
     """One that does one thing at a time."""
 
@@ -113,8 +134,7 @@ class Client:
         self._cluster = clients.cluster
         self.number = number
         self.in_session = in_session
-        self.session = 0  # 0: none open
-        self._serial = 0
+        self.session: Session | None = None
         self.home: MemberId | None = None  # who is believed to lead
         self.wanted: Wanted | None = None
         self._attempt = 0
@@ -123,6 +143,8 @@ class Client:
     def think(self) -> None:
         """The next thing comes after a while, unless the storm is over."""
         cluster = self._cluster
+        if self.session is not None and self.wanted is not None:
+            self.session.end(self.wanted)
         self.wanted = None
         if not self._is_done:
             cluster.at(cluster.pause(cluster.weather.client_ticks), self._begin)
@@ -138,9 +160,7 @@ class Client:
     def want(self, wanted: Wanted) -> None:
         """Begin with this."""
         if self.session and wanted.argv[0] != b"SESSION" and not wanted.is_read:
-            self._serial += 1
-            once = b"SESSION DO %d %d %d" % (self.session, self._serial, self._serial)
-            wanted.argv[:0] = once.split()
+            self.session.begin(wanted)
         self.wanted = wanted
         self._send()
 
@@ -203,18 +223,18 @@ class Client:
             index = reply.index
             reply = reply.reply
         if isinstance(reply, NoSessionError):
-            self.session = 0
+            self._clients.session_ended(self)
             if wanted.may_be_done:
                 self._clients.unknown(self, wanted)
             else:
                 self._clients.refused(wanted)
         else:
+            is_known = not isinstance(reply, AnswerForgottenError)
+            self._cluster.invariants.require(
+                is_known, f"I12: client {self.number} waits for an answer that is forgotten"
+            )
             self._clients.answered(self, wanted, reply, index)
         self.think()
-
-    def opened(self, session: int) -> None:
-        """A session of its own."""
-        self.session, self._serial = session, 0
 
 
 class Clients:
@@ -223,6 +243,7 @@ class Clients:
     def __init__(self, cluster: Simulation, without: Collection[str]) -> None:
         self.cluster = cluster
         self.counts = cluster.counts
+        self._habits = cluster.habits
         rng = cluster.rng
         sessions = rng.choice((0, 0.5, 1))
         self._clients = [
@@ -230,6 +251,8 @@ class Clients:
             for number in range(rng.choice((3, 6, 12)))
         ]
         self._probes: list[Client] = []
+        self._shares_session = cluster.chance(0.5)
+        self._shared: Session | None = None  # what whoever needs one takes part in
         drawn = [kind for kind in WORKLOADS for _ in range(rng.choice((0, 1, 10)))]
         self._kinds = ["register", *(kind for kind in drawn if kind not in without)]
         self._key_count = rng.choice((1, 3, 6))
@@ -257,7 +280,10 @@ class Clients:
     def choose(self, client: Client) -> Wanted:
         """The next thing that it wants."""
         kind = self.cluster.rng.choice(self._kinds)
-        if client.in_session and not client.session:
+        if client.in_session and client.session is None:
+            client.session = self._shared
+            self.counts["sessions shared"] += client.session is not None
+        if client.in_session and client.session is None:
             return self._wanted(None, "", b"SESSION OPEN")
         match kind:
             case "counter" if client.session:
@@ -266,8 +292,8 @@ class Clients:
                 return self._expire(self._key("t"))
             case "other":
                 return self._do_other()
-            case "session" if client.session and self.cluster.chance(0.1):
-                return self._wanted(None, "", b"SESSION CLOSE %d" % client.session)
+            case "session" if client.session and self.cluster.chance(self._habits.closes):
+                return self._wanted(None, "", b"SESSION CLOSE %d" % client.session.id)
             case _:
                 return self._use_register(client, self._key("r"))
 
@@ -303,7 +329,7 @@ class Clients:
                 return self._wanted(Kind.DELETE, key, b"DEL %b" % name)
 
     def _count(self, key: str) -> Wanted:
-        if self.cluster.chance(0.3):
+        if self.cluster.chance(self._habits.counts_by_reading):
             return self._wanted(Kind.READ, key, b"GETS " + key.encode())
         return self._wanted(Kind.INCREMENT, key, b"INCR " + key.encode())
 
@@ -380,12 +406,20 @@ class Clients:
                 raise ViolationError(text)
         if wanted.argv[:2] == [b"SESSION", b"OPEN"]:
             assert isinstance(reply, int)
-            client.opened(reply)
+            client.session = Session(reply)
+            if self._shares_session:
+                self._shared = client.session
             self.counts["sessions opened"] += 1
         elif wanted.argv[:2] == [b"SESSION", b"CLOSE"]:
-            client.session = 0
+            self.session_ended(client)
             self.counts["sessions closed"] += 1
         self._record(client, wanted, cluster.now, reply, index)
+
+    def session_ended(self, client: Client) -> None:
+        """It is closed, by this client or another one that shared it."""
+        if self._shared is client.session:
+            self._shared = None
+        client.session = None
 
     def unknown(self, client: Client, wanted: Wanted) -> None:
         """A client will never know."""

@@ -6,7 +6,7 @@ Rule 3: the driver's part is played as ``raft_node.py`` plays it, each of its th
 
 A run is storms (``sim_faults.py``) with lulls between them, in which a majority must answer whatever
 became of the others; then calm, in which the cluster must come to rest and every client get its
-answers; then one follower cut off and returned.
+answers; then one follower cut off and returned, and leaders lost one after another.
 
 Started by ``simulator.py``. Chance and time: ``sim_world.py``. Links: ``sim_network.py``. Who comes
 and goes: ``sim_members.py``. Who asks: ``sim_clients.py``.
@@ -14,6 +14,7 @@ and goes: ``sim_members.py``. Who asks: ``sim_clients.py``.
 
 from __future__ import annotations
 
+import operator
 import random
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -57,6 +58,7 @@ LEADER_TIMEOUTS = 5
 ANSWER_TIMEOUTS = 10
 REST_TIMEOUTS = 15
 LULL_TICKS_MAX = 10_000
+LEADERS_LOST = 3
 APPLY_TICKS = 0.05  # for so many bytes
 CHUNK_RETRY_TICKS = 8
 LEAVING_TICKS = 30
@@ -131,6 +133,8 @@ class Simulation(World):
         self.config = _config(self.rng)
         self.window_bytes_max = self.rng.choice((0, 600, 100_000))
         self.save_ticks = self.rng.choice((4, 15, 60, 1e9))  # the mean time between states saved
+        # That a state is sent to who has just started, whether it needs it or not.
+        self.needless = 0 if "needless" in without else self.rng.choice((0, 0.7, 1))
         self.tail_entries = self.rng.choice((0, 3, 20))  # kept in the log though the state has them
         self.apply_bytes = self.rng.choice((200, 2000))
         self.upkeep_ticks = self.rng.choice((10, 10, 1000))
@@ -142,6 +146,8 @@ class Simulation(World):
         self.retired: set[MemberId] = set()  # who is removed, and has ended
         self.invariants = Invariants(self, self.names, self.counts)
         self.storm_steps = self.rng.choice((500, 1000, 2000))
+        # Of what runs well the ticks are equally long, or nearly so.
+        self.good_lengths = self.rng.choice(((1.0,), (0.8, 1.0, 1.25)))
         self.lull_ticks = self.rng.choice((10, 40, 80))  # that clients have once there are answers
         self.away: set[MemberId] = set()  # who takes no part in a lull
         self.network = Network(self, self._on_mended)
@@ -155,9 +161,9 @@ class Simulation(World):
         """The servers that are up."""
         return list(self.servers.values())
 
-    def disk_of(self, member_id: MemberId) -> SimDisk:
-        """A server's disk, whether it is up or not."""
-        return self.disks[member_id]
+    def disk_of(self, member_id: MemberId) -> SimDisk | None:
+        """A server's disk, whether it is up or not; None: there is no such server."""
+        return self.disks.get(member_id)
 
     # ---- The course of a history ----
 
@@ -179,6 +185,8 @@ class Simulation(World):
         self._settle()
         self.clients.check()
         self._cut_off_and_return()
+        self._lose_leaders()
+        self.invariants.check_timeouts()
         self.counts["steps"] = self.steps
         return self.counts
 
@@ -194,7 +202,7 @@ class Simulation(World):
             self.restart(name)
         for server in self._present():
             server.disk_hangs_until = 0
-            server.tick_length = max(0.8, min(server.tick_length, 1.25))
+            server.tick_length = self.rng.choice(self.good_lengths)
         for server in self._present():
             self._connect(server, 1)
 
@@ -202,6 +210,7 @@ class Simulation(World):
         """I15: as many as are a majority go on, whatever became of the others; then a new storm."""
         self.away = self._minority()
         self._calm_down()
+        self.faults.hand_over_to_one_of(self.away)
         self._send_away()
         self._wait(LEADER_TIMEOUTS, self._is_led, "no leader")
         self.clients.ask_each([server.name for server in self._present()])
@@ -217,10 +226,11 @@ class Simulation(World):
             self.restart(name)
 
     def _minority(self) -> set[MemberId]:
-        """Some servers without which the others can go on; as often as not none."""
+        """Some servers without which the others can go on, the leader first; as often as not none."""
         away: set[MemberId] = set()
         if self.chance(0.5):
-            for name in self.rng.sample(sorted(self.disks), len(self.disks)):
+            leaders = [server.name for server in self.leaders()]
+            for name in [*leaders, *self.rng.sample(sorted(self.disks), len(self.disks))]:
                 if self.members.can_do_without(away | {name}):
                     away.add(name)
         return away
@@ -250,8 +260,16 @@ class Simulation(World):
         applied, and who was removed has heard it."""
         self._wait(LEADER_TIMEOUTS, self._is_led, "no leader")
         # Where each entry is a message of its own, and one at a time, catching up takes longer.
-        longest = max(len(server.log) for server in self.servers.values())
-        self._wait(REST_TIMEOUTS, self._is_at_rest, "not at rest", 2 * longest)
+        self._wait(REST_TIMEOUTS, self._is_at_rest, "not at rest", 2 * self._entries_behind())
+
+    def _entries_behind(self) -> int:
+        """Of the longest log, how much somebody lacks."""
+        logs = [server.log for server in self.servers.values()]
+        longest = max(logs, key=len)
+        shared = [
+            list(map(operator.eq, log, longest)).count(True) for log in logs
+        ]  # a prefix, by I2
+        return len(longest) - min(shared)
 
     def _wait(
         self, timeouts: int, reached: Callable[[], bool], otherwise: str, more_ticks: int = 0
@@ -308,6 +326,23 @@ class Simulation(World):
         held = leader.core.role is Role.LEADER and leader.core.term == term
         self.invariants.require(held, "I16: a returning follower cost the leader its leadership")
 
+    def _lose_leaders(self) -> None:
+        """I15: one after another is gone, and soon there is the next, though all logs are equal."""
+        for _ in range(LEADERS_LOST):
+            (leader,) = self.leaders()
+            if not leader.core.membership.has_quorum(self.servers.keys() - {leader.name}):
+                return
+            self.run_until(
+                self.now + self.config.heartbeat_ticks * 3
+            )  # so that all hear it at once
+            self.away = {leader.name}
+            self.crash(leader)
+            self._wait(LEADER_TIMEOUTS, self._is_led, "no leader")
+            self.away = set()
+            self.restart(leader.name)
+            self._settle()
+            self.counts["leaders lost in the calm"] += 1
+
     # ---- A server's threads ----
 
     def start_server(self, name: MemberId) -> None:
@@ -320,7 +355,7 @@ class Simulation(World):
             tail_count=self.rng.choice((0, 3, 1000)),
             window_bytes_max=self.window_bytes_max,
         )
-        lengths = (1, 1, 0.8, 1.25) if self.weather is CALM else (1, 1, 1, 0.8, 1.25, 0.5, 2)
+        lengths = self.good_lengths if self.weather is CALM else (1, 1, 1, 0.8, 1.25, 0.5, 2)
         clock, tick_length = SimClock(self.rng), self.rng.choice(lengths)
         server = self.servers[name] = SimServer(name, core, disk, clock, tick_length)
         self.invariants.on_start(server)
@@ -329,10 +364,10 @@ class Simulation(World):
         self.at(self.rng.uniform(0, 1), self._tick, server)
         self.at(self.pause(self.save_ticks), self._save, server)
         for peer in list(self.servers.values()):
-            if self.chance(0.7):
+            if self.chance(self.habits.links_up):
                 peer.core.link_up(name)
                 self.after(peer)
-            if self.chance(0.7) and self.weather is not CALM:
+            if self.chance(self.needless) and self.weather is not CALM:
                 self.send_needless_state(peer, name)
 
     def _connect(self, server: SimServer, chance: float) -> None:
@@ -463,10 +498,11 @@ class Simulation(World):
         for peer in list(core.progress):
             if self.chance(self.weather.late):
                 continue
-            # A link is told to look, or does so by itself.
-            is_told = self.chance(0.9)
-            if is_told and not core.wants_append(peer, 0 if self.chance(0.1) else None):
-                continue
+            # A link looks by itself, or is told to.
+            if not self.chance(self.habits.looks):
+                commit_due = None if self.chance(self.habits.commits_told) else 0
+                if not core.wants_append(peer, commit_due):
+                    continue
             while peer not in server.reading:
                 append = server.core.append_for(peer)
                 if append is None:
@@ -486,7 +522,7 @@ class Simulation(World):
         if not server.up or self.sleeps(server, self._read_disk, server, peer, wanted):
             return
         entries = server.disk.read(wanted.first, wanted.last, self.config.append_bytes_max)
-        ticks = self.rng.uniform(0, 20) if self.chance(0.3) and self.weather is not CALM else 0
+        ticks = self.rng.uniform(0, 20) if self.chance(self.weather.slow_read) else 0
         self.at(ticks, self._send_read, server, peer, entries)
 
     def _send_read(self, server: SimServer, peer: MemberId, entries: list[Entry]) -> None:
@@ -531,10 +567,10 @@ class Simulation(World):
     def _next_step(self, server: SimServer, step: Callable[..., None], *args: object) -> None:
         """Do this when the disk is done, unless the server crashes just before it."""
         ticks = self._sync_ticks()
-        if self.chance(self.weather.slow):
+        if self.chance(self.weather.slow_step):
             ticks += self.rng.uniform(1, self.weather.slow_ticks)  # a big state
         self.at(ticks, step, *args)
-        if self.chance(0.1):
+        if self.chance(self.weather.step_crash):
             self.at(self.rng.uniform(0, ticks), self.crash_for_a_while, server)
 
     def _save(self, server: SimServer) -> None:
@@ -726,13 +762,13 @@ class Simulation(World):
 
     def _on_mended(self, name: MemberId) -> None:
         if name in self.servers:
-            self._connect(self.servers[name], 0.5)
+            self._connect(self.servers[name], self.habits.links_up)
 
     def heal(self) -> None:
         """All links work again; some connections are new."""
         self.network.heal()
         for server in list(self.servers.values()):
-            self._connect(server, 0.5)
+            self._connect(server, self.habits.links_up)
 
     # ---- Crashes ----
 
@@ -773,12 +809,13 @@ class Simulation(World):
             self.counts["crash with a log to empty"] += ready.log_base is not None
         self.say(f"{server.name} crashes; of what was not synced: {fate}")
         for other in self.servers.values():
-            if self.chance(0.5):
+            if self.chance(self.weather.evidence):
                 self.at(self.rng.uniform(0.1, 5), self.hear_of_death, other, server.name)
 
     def hear_of_death(self, server: SimServer, dead: MemberId) -> None:
         """The server has evidence, right or wrong, that the other's process is gone."""
         if server.up and not self.sleeps(server, self.hear_of_death, server, dead):
             self.counts["evidence"] += server.core.leader_id == dead
+            server.has_evidence = True
             server.core.leader_died(dead)
             self.after(server)

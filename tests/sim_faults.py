@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING
 
 from raft_core import NotLeaderError, TransferRefusedError
+from raft_types import MemberId
 from tests.sim_world import CALM, HOUR_MS, SimClock
 
 if TYPE_CHECKING:
@@ -95,7 +96,8 @@ class Faults:
         """A leader more often than not: there lies the danger."""
         cluster = self._cluster
         leaders = cluster.leaders()
-        few = leaders if leaders and cluster.chance(0.6) else list(cluster.servers.values())
+        strikes_leader = bool(leaders) and cluster.chance(cluster.habits.picks_leader)
+        few = leaders if strikes_leader else list(cluster.servers.values())
         return cluster.rng.choice(few) if few else None
 
     # ---- Servers ----
@@ -181,24 +183,36 @@ class Faults:
 
     def learner_added(self) -> None:
         """Sometimes the leadership is handed over just when it becomes ready for its vote."""
-        if "transfer" in self._kinds and self._cluster.chance(0.5):
+        if "transfer" in self._kinds and self._cluster.chance(
+            self._cluster.habits.hands_over_at_once
+        ):
             self._cluster.at(self._cluster.rng.uniform(0, 15), self._transfer_times, 1)
+
+    def hand_over_to_one_of(self, leaving: set[MemberId]) -> None:
+        """To somebody who is just about to be gone; the leader must give that up."""
+        if "transfer" in self._kinds and leaving:
+            for leader in self._cluster.leaders():
+                self._hand_over(leader, self._cluster.rng.choice(sorted(leaving)))
+
+    def _hand_over(self, leader: SimServer, target: MemberId | None) -> None:
+        cluster = self._cluster
+        try:
+            leader.core.transfer_to(target)
+        except (TransferRefusedError, NotLeaderError):
+            cluster.counts["transfers refused"] += 1
+            return
+        cluster.say(f"{leader.name} hands over to {leader.core.transfer_target}")
+        cluster.counts["transfers"] += 1
+        cluster.counts["transfers to the dead"] += (
+            leader.core.transfer_target not in cluster.servers
+        )
+        cluster.after(leader)
 
     def _transfer_times(self, times: int) -> None:
         cluster = self._cluster
         if cluster.weather is CALM or times == 0:
             return
         anyone = cluster.rng.choices([*cluster.servers.values()]) if cluster.servers else []
-        for leader in anyone if cluster.chance(0.1) else cluster.leaders():
-            target = cluster.rng.choice((None, *self._names()))
-            try:
-                leader.core.transfer_to(target)
-            except (TransferRefusedError, NotLeaderError):
-                cluster.counts["transfers refused"] += 1
-                continue
-            cluster.say(f"{leader.name} hands over to {leader.core.transfer_target}")
-            cluster.counts["transfers"] += 1
-            if leader.core.transfer_target not in cluster.servers:
-                cluster.counts["transfers to the dead"] += 1
-            cluster.after(leader)
+        for leader in anyone if cluster.chance(cluster.habits.picks_anyone) else cluster.leaders():
+            self._hand_over(leader, cluster.rng.choice((None, *self._names())))
         cluster.at(cluster.rng.uniform(1, 12), self._transfer_times, times - 1)

@@ -77,6 +77,9 @@ class Watched:
         self.store = disk.state.rows.load(disk.state.snapshot.index)
         # Of the keys that are named by what is being applied.
         self.rows_before: dict[bytes, KeyRow | None] = {}
+        self.vote = (core.term, core.voted_for)
+        self.voted_at_ticks = 0
+        self.has_evidence = False  # that a leader is dead, so it need not wait for a timeout
         self.truncated_count = 0
         self.match: dict[MemberId, int] = {}
 
@@ -100,14 +103,28 @@ def _named_rows(server: Watched, entry: Entry) -> dict[bytes, KeyRow | None]:
     return {w: _key_row(store._values, store._versions, store._deadlines, w) for w in argv[1:]}
 
 
+# Who votes, and how many are a majority, not by the code that is under test.
+
+
+def voters_of(membership: Membership) -> list[MemberId]:
+    """Its members, but for the learners."""
+    return [member.member_id for member in membership.members if member.voter]
+
+
+def is_majority(names: Iterable[MemberId], membership: Membership) -> bool:
+    """Whether these are more than half of its voters."""
+    voters = voters_of(membership)
+    return 2 * len(set(voters).intersection(names)) > len(voters)
+
+
 class Cluster(Protocol):
     """Who is up now; the invariants need no more of the simulation."""
 
     def running(self) -> list[Watched]:
         """The servers that are up."""
 
-    def disk_of(self, member_id: MemberId) -> SimDisk:
-        """The disk of this server, whether it is up or not."""
+    def disk_of(self, member_id: MemberId) -> SimDisk | None:
+        """The disk of this server, whether it is up or not; None: there is no such server."""
 
 
 class Invariants:
@@ -130,6 +147,7 @@ class Invariants:
         self._grantable: Counter[tuple[MemberId, MemberId, int, bool]] = Counter()
         self._sent: dict[int, tuple[Entry, ...]] = {}  # led to the state, by the transfer's id
         self._hashes: dict[int, int] = {}  # of the state after each entry
+        self._timeouts_ticks: list[int] = []  # as drawn by whoever has just begun to stand
         self._reads: dict[int, int] = {}  # committed anywhere when it was asked, by token
 
     @staticmethod
@@ -154,7 +172,28 @@ class Invariants:
             self.require(
                 core.role is not Role.LEADER, f"4.2.2: {server.name} leads, though removed"
             )
+        self._follow_vote(server)
         server.term, server.role = core.term, core.role
+
+    def _follow_vote(self, server: Watched) -> None:
+        core, ticks = server.core, server.core._now_ticks
+        stands = core.role is Role.PRE_CANDIDATE and server.role is Role.FOLLOWER
+        waited_ticks = ticks - server.voted_at_ticks
+        if stands and not server.has_evidence:
+            self._timeouts_ticks.append(core._election_timeout_ticks)
+        if stands and server.voted_at_ticks and not server.has_evidence:
+            self.require(
+                waited_ticks >= core.config.election_ticks_min,
+                f"paper 5.2: {server.name} stands {waited_ticks} ticks after it gave its vote",
+            )
+        if core.voted_for not in (None, server.name) and server.vote != (core.term, core.voted_for):
+            server.vote, server.voted_at_ticks = (core.term, core.voted_for), ticks
+
+    def check_timeouts(self) -> None:
+        """At the end: chance keeps apart who would else stand together for ever."""
+        are_many = len(self._timeouts_ticks) >= 10
+        is_random = len(set(self._timeouts_ticks)) > 1
+        self.require(is_random or not are_many, "paper 5.2: election timeouts are not random")
 
     def _follow_log(self, server: Watched) -> None:
         core, log = server.core, server.log
@@ -175,11 +214,15 @@ class Invariants:
                 changes |= entry.kind is EntryKind.MEMBERSHIP
         self.require(core.log.last_index == len(log), f"I8: {server.name} lost entries unseen")
         if changes:
-            _, last = server.membership_at(len(log))
-            self.require(core.membership == last, "thesis 4.1: not the membership of the log")
+            self._check_membership(server)
         if log and log[-1].index >= core.log.first_index:
             middle = log[(core.log.first_index + len(log) - 1) // 2]
             self.require(core.log.term_at(middle.index) == middle.term, "I7: term_at is wrong")
+
+    def _check_membership(self, server: Watched) -> None:
+        _, last = server.membership_at(len(server.log))
+        is_same = server.core.membership == last
+        self.require(is_same, f"thesis 4.1: {server.name} has not the membership of its log")
 
     def _learn(self, server: Watched, entry: Entry) -> None:
         before = server.log[-1].term if server.log else 0
@@ -204,10 +247,10 @@ class Invariants:
             self.require(first == server.name, f"I1: {first} and {server.name} led {core.term}")
             if server.disk.hard_state == (core.term, server.name):
                 self._on_vote(server, core.term, server.name)  # alone, it asked no one
-            voters = core.membership.voters
+            voters = voters_of(core.membership)
             votes = [v for v in voters if self._vote_of.get((v, core.term)) == server.name]
             self.require(
-                core.membership.has_quorum(votes), f"paper 5.2: {server.name} leads by {votes}"
+                is_majority(votes, core.membership), f"paper 5.2: {server.name} leads by {votes}"
             )
             for entry, term in zip(self.committed, self._committed_in, strict=True):
                 # Votes may be slow: a later leader may have committed more by now.
@@ -234,9 +277,9 @@ class Invariants:
         if led or core.role is Role.LEADER:
             last = server.log[core.commit_index - 1]
             self.require(last.term == core.term, "paper 5.4.2: committed an old term by counting")
-            holders = [v for v in core.membership.voters if self._has_synced(v, last)]
+            holders = [v for v in voters_of(core.membership) if self._has_synced(v, last)]
             self.require(
-                core.membership.has_quorum(holders),
+                is_majority(holders, core.membership),
                 f"I10: {describe_entry(last)} committed, but synced only on {holders}",
             )
         for entry in server.log[before : core.commit_index]:
@@ -267,7 +310,8 @@ class Invariants:
                 raise ViolationError(f"I3: later leader {other.name} lacks {lacking}")
 
     def _has_synced(self, member_id: MemberId, entry: Entry) -> bool:
-        return self._cluster.disk_of(member_id).found_at(entry.index) == entry
+        disk = self._cluster.disk_of(member_id)
+        return disk is not None and disk.found_at(entry.index) == entry
 
     # ---- What goes in and out ------------------------------------------------------------------
 
@@ -409,6 +453,7 @@ class Invariants:
         if not had_it:
             server.log = list(state.entries)
         server.truncated_count = server.core.truncated_count
+        self._check_membership(server)
         if index > server.applied_index:
             server.applied = list(state.entries)
             server.store.adopt(state.rows.load(index))

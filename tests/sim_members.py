@@ -49,7 +49,7 @@ class Members:
         self.count += 1
         letter = chr(ord("f") + (self.count - 1) % 20)
         name = letter if self.count <= 20 else f"{letter}{(self.count - 1) // 20}"
-        stays_learner = cluster.chance(0.3)
+        stays_learner = cluster.chance(cluster.habits.stays_learner)
         newcomer = member(name, voter=False, stays_learner=stays_learner)
         cluster.disks[name] = SimDisk(Membership())
         cluster.start_server(name)
@@ -117,7 +117,8 @@ class Members:
         """Any member, which may be the leader; another server often comes for it."""
         cluster = self._cluster
         anyone = [s for s in cluster.servers.values() if s.core.membership.members]
-        for leader in cluster.leaders() if cluster.chance(0.9) else anyone:
+        asks_anyone = cluster.chance(cluster.habits.picks_anyone)
+        for leader in anyone if asks_anyone else cluster.leaders():
             core = leader.core
             name = cluster.rng.choice(core.membership.members).member_id
             if self.lost or core.membership.objection_to_leaving(name):
@@ -126,7 +127,7 @@ class Members:
                 cluster.counts["leader removes itself"] += name == leader.name
                 cluster.counts["removals"] += 1
                 cluster.say(f"{leader.name} removes {name}")
-                if cluster.chance(0.7):
+                if cluster.chance(cluster.habits.is_replaced):
                     cluster.at(cluster.rng.uniform(0, 60), self.join_next)
 
     def move_one(self) -> None:

@@ -33,12 +33,33 @@ class Weather(NamedTuple):
     stall: float  # the chance that a sync takes up to ten times as long
     sync_error: float  # the chance that a sync fails, which ends the server
     late: float  # the chance that a server's thread does its work only the next time
+    slow_read: float  # the chance that entries read from disk wait before they are sent
+    slow_step: float  # the chance that a step of a save or a restore takes up to slow_ticks
+    step_crash: float  # the chance that a server crashes between two steps of a save or a restore
+    evidence: float  # the chance that a server hears of a crash
     fault_ticks: float  # the mean time between faults
     cut_ticks: float  # the longest that a link stays cut
     client_ticks: float  # the mean time that a client thinks
 
 
-CALM = Weather(0, 0, (0.3, 0.3), 0, 0, 0.3, 0, 0, 0, 1e9, 0, 2)
+CALM = Weather(
+    drop=0,
+    duplicate=0,
+    quick_ticks=(0.3, 0.3),
+    slow=0,
+    slow_ticks=0,
+    sync_ticks=0.3,
+    stall=0,
+    sync_error=0,
+    late=0,
+    slow_read=0,
+    slow_step=0,
+    step_crash=0,
+    evidence=0,
+    fault_ticks=1e9,
+    cut_ticks=0,
+    client_ticks=2,
+)
 
 
 def storm(rng: random.Random) -> Weather:
@@ -53,9 +74,44 @@ def storm(rng: random.Random) -> Weather:
         stall=rng.choice((0, 0.1)),
         sync_error=rng.choice((0, 0, 0.002)),
         late=rng.choice((0, 0.3)),
+        slow_read=rng.choice((0, 0.3)),
+        slow_step=rng.choice((0, 0.3, 0.8)),
+        step_crash=rng.choice((0, 0.05, 0.2)),
+        evidence=rng.choice((0, 0.5, 1)),
         fault_ticks=rng.choice((5, 10, 25, 60)),
         cut_ticks=rng.choice((10, 40, 120)),
         client_ticks=rng.choice((0.5, 2, 6)),
+    )
+
+
+class Habits(NamedTuple):
+    """How often things are done one way or another, each of which is right; chances from 0 to 1."""
+
+    links_up: float  # that a server hears of a new connection to one that has started, or is back
+    looks: float  # that a link looks for entries by itself, and is not told to
+    commits_told: float  # that it is told to where only the commit index has grown
+    picks_leader: float  # that a fault strikes a leader and not anybody
+    picks_anyone: float  # that somebody else than the leader is asked for a change
+    hands_over_at_once: float  # that a transfer begins when a learner is added
+    stays_learner: float  # of a newcomer
+    is_replaced: float  # that a newcomer takes the place of one that was removed
+    closes: float  # that a session is closed
+    counts_by_reading: float  # that a counter is read
+
+
+def habits(rng: random.Random) -> Habits:
+    """Of one seed."""
+    return Habits(
+        links_up=rng.choice((0, 0.5, 0.9)),
+        looks=rng.choice((0, 0.1, 0.5)),
+        commits_told=rng.choice((0, 0.9, 1)),
+        picks_leader=rng.choice((0.3, 0.6, 0.9)),
+        picks_anyone=rng.choice((0, 0.1, 0.3)),
+        hands_over_at_once=rng.choice((0, 1, 1)),
+        stays_learner=rng.choice((0, 0, 0.6)),
+        is_replaced=rng.choice((0.3, 0.7, 1)),
+        closes=rng.choice((0.01, 0.1, 0.3)),
+        counts_by_reading=rng.choice((0.1, 0.3, 0.6)),
     )
 
 
@@ -68,6 +124,10 @@ NUISANCES = {
     "slow-disk": {"sync_ticks": 0.3, "stall": 0},
     "sync-error": {"sync_error": 0},
     "late": {"late": 0},
+    "slow-read": {"slow_read": 0},
+    "slow-step": {"slow_step": 0},
+    "step-crash": {"step_crash": 0},
+    "evidence": {"evidence": 0},
 }
 
 
@@ -97,6 +157,7 @@ class World:
         for name in sorted(NUISANCES.keys() & set(without)):
             self.storm = self.storm._replace(**NUISANCES[name])  # type: ignore[arg-type]
         self.weather = self.storm  # or CALM
+        self.habits = habits(self.rng)
         self.is_over = False  # the last storm has ended: nobody begins anything new
         self.counts: Counter[str] = Counter()  # what has happened, so that a test can ask for it
         self.tracing = trace is not None

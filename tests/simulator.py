@@ -84,18 +84,23 @@ def first_violation(seeds: Iterable[int]) -> tuple[int, ViolationError | None]:
     return count, None
 
 
+def _failure(seed: int, case: Case) -> ViolationError | None:
+    steps, nodes, without = case
+    try:
+        run(seed, steps=steps, nodes=nodes, without=without)
+    except ViolationError as failure:
+        return failure
+    except InvalidRunError:
+        return None
+    return None
+
+
 def shrunk(seed: int, case: Case, say: Callable[[str], None]) -> Case:
     """The smallest case that still fails; ``case`` does."""
 
     def fails(smaller: Case) -> int | None:
-        steps, nodes, without = smaller
-        try:
-            run(seed, steps=steps, nodes=nodes, without=without)
-        except ViolationError as failure:
-            return failure.step
-        except InvalidRunError:
-            return None
-        return None
+        failure = _failure(seed, smaller)
+        return None if failure is None else failure.step
 
     return shrink(case, [*KINDS], fails, say)
 
@@ -139,7 +144,8 @@ def main() -> int:
         _print(str(error))
         if args.shrink:
             case = shrunk(seed, Case(steps, nodes, without), _print)
-            _print(f"shrunk: {command(seed, *case)}")
+            _print("shrunk, and fails so:")
+            _print(str(_failure(seed, case)))
         return 1
     except InvalidRunError as error:
         _print(f"invalid: {error}")

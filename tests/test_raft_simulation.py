@@ -6,9 +6,11 @@ A failure names its seed and the command that prints its history. What a run doe
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
@@ -39,12 +41,13 @@ from tests.sim_cluster import SimServer, Simulation
 from tests.simulator import BROKEN, first_violation, run
 
 SEEDS = range(100)
-MUTANT_SEEDS = range(200)  # until the first that shows it; 40 are enough today
+MUTANT_SEEDS = range(200)  # until the first that shows it; 100 are enough today
 
 # What a history must be able to do to a cluster; a sum of 0 would mean that nothing tests it.
 EXPECTED = {
     "elections": 400,
     "lulls": 200,
+    "leaders lost in the calm": 100,
     "lulls of a mere majority": 80,
     **{f"away: {way}": 20 for way in ("alone", "deaf", "down", "mute")},
     "steps down": 150,
@@ -553,6 +556,66 @@ def changed_while_leadership_is_handed_over(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(RaftCore, "_propose_membership", refuse)
 
 
+def transfer_never_given_up(patch: pytest.MonkeyPatch) -> None:
+    """Thesis 3.10: the target does not take over, and nothing is proposed any more."""
+    tick_leader = RaftCore._tick_leader
+
+    def wait(core: RaftCore) -> None:
+        core._transfer_ticks = 0
+        tick_leader(core)
+
+    patch.setattr(RaftCore, "_tick_leader", wait)
+
+
+def quorum_not_checked(patch: pytest.MonkeyPatch) -> None:
+    """Thesis 6.2: a leader that hears nobody keeps those who hear it from electing another."""
+    tick_leader = RaftCore._tick_leader
+
+    def go_on(core: RaftCore) -> None:
+        patched = cast(Any, core)
+        patched._become_follower = lambda *_: None
+        tick_leader(core)
+        del patched._become_follower
+
+    patch.setattr(RaftCore, "_tick_leader", go_on)
+
+
+def election_timeout_not_random(patch: pytest.MonkeyPatch) -> None:
+    """Paper 5.2: who times out together once does so for ever."""
+    reset = RaftCore._reset_election_timer
+
+    def reset_to_lowest(core: RaftCore) -> None:
+        rng, core._rng = core._rng, _Lowest()
+        reset(core)
+        core._rng = rng
+
+    patch.setattr(RaftCore, "_reset_election_timer", reset_to_lowest)
+
+
+class _Lowest(random.Random):
+    """No chance at all."""
+
+    def randint(self, a: int, b: int) -> int:
+        return a
+
+
+def timer_runs_on_after_a_vote(patch: pytest.MonkeyPatch) -> None:
+    """Paper 5.2: who has just given its vote stands against its candidate."""
+    on_vote_request = RaftCore._on_vote_request
+
+    def vote(core: RaftCore, message: VoteRequest) -> None:
+        elapsed_ticks = core._election_elapsed_ticks
+        on_vote_request(core, message)
+        core._election_elapsed_ticks = elapsed_ticks
+
+    patch.setattr(RaftCore, "_on_vote_request", vote)
+
+
+def membership_of_a_state_not_taken(patch: pytest.MonkeyPatch) -> None:
+    """T64: whoever is sent a state goes on with the members that it knew before."""
+    patch.setattr(MembershipLog, "restore", lambda *_: None)
+
+
 MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     vote_not_persisted,
     sent_before_synced,
@@ -590,6 +653,11 @@ MUTANTS: list[Callable[[pytest.MonkeyPatch], None]] = [
     expired_by_the_readers_clock,
     flush_hands_out_what_is_there_now,
     changed_while_leadership_is_handed_over,
+    transfer_never_given_up,
+    quorum_not_checked,
+    election_timeout_not_random,
+    timer_runs_on_after_a_vote,
+    membership_of_a_state_not_taken,
 ]
 
 
