@@ -75,6 +75,7 @@ def _config(rng: random.Random) -> RaftConfig:
         append_bytes_max=rng.choice((1, 150, 1000)),  # 1: an entry a message
         uncommitted_bytes_max=rng.choice((400, 100_000)),
         learner_ticks_max=rng.choice((40, 6000)),
+        catch_up_ticks_max=rng.choice((100, 60_000)),
     )
 
 
@@ -495,7 +496,10 @@ class Simulation(World):
 
     def _push(self, server: SimServer) -> None:
         core = server.core
-        for peer in list(core.progress):
+        peers = list(core.progress)
+        if self.chance(self.habits.looks / 10):  # so do links to those who get nothing
+            peers += [name for name in self.servers if name not in core.progress]
+        for peer in peers:
             if self.chance(self.weather.late):
                 continue
             # A link looks by itself, or is told to.
