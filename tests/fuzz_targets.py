@@ -174,8 +174,10 @@ def _client_bytes(rng: random.Random) -> bytes:
             word = rng.choice(
                 (rng.choice(_CLIENT_WORDS), rng.choice(rng.choice(_REQUESTS).split()))
             )
-            argv[rng.randint(1, len(argv)) :][:1] = [word]
-            argv.insert(rng.randint(1, len(argv)), word)
+            place = rng.randint(1, len(argv))
+            argv[place : place + rng.randint(0, 1)] = [
+                word
+            ]  # before the one there, or in its place
         return _joined(rng, corpus) + encode_request(argv)
     return mutated(rng, _joined(rng, corpus), _CLIENT_WORDS)
 

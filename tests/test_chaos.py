@@ -1,6 +1,6 @@
 """The chaos runs in short, the network that they use, and that a broken store does not get through.
 
-The long ones are `make chaos`. Here the five classes that tell most have a few seconds each.
+The long ones are `make chaos`. Here the five classes that tell most have ten seconds each.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.cluster import eventually
 from tests.linearizability import Kind
 
 SMOKE = ("kill", "pause", "partition", "snapshot", "transfer")
-SMOKE_S = 4.0
+SMOKE_S = 10.0
 BROKEN_S = 2.0
 SEED = 7
 
