@@ -3,8 +3,10 @@
     python -m tests.fuzz --target all --seconds 120 --seed 7
     python -m tests.fuzz --target log --input fuzz-log-7-1234.bin
 
-An input follows from target, seed and number alone. What a target may do with one is told in
-``fuzz_targets.py``; anything else is a finding: the input is kept in a file, and the command that
+Rule 1: coverage guides: an input that reaches a line which none before it reached is kept, and half
+of the later ones are made from what was kept. So an input follows from target, seed, number and
+those kept before it. A live node is another process, of which no line is seen.
+Rule 2: what a target may do with an input is told in ``fuzz_targets.py``; anything else is a finding: the input is kept in a file, and the command that
 replays it is printed. Exit status 1 if there was one.
 """
 
@@ -16,13 +18,18 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
-from typing import Final, NamedTuple
+from types import CodeType, FrameType
+from typing import Any, Final, NamedTuple
 
 from tests.fuzz_targets import TARGETS, Target
 
+PRODUCT: Final = frozenset(map(str, Path(__file__).resolve().parent.parent.glob("*.py")))
+# The share of inputs that are made from kept ones.
+_KEPT_SHARE: Final = 0.5
 _HEX_BYTES_MAX: Final = 200
 _PROGRESS_EVERY_S: Final = 5.0
 
@@ -41,17 +48,69 @@ class Outcome(NamedTuple):
     executions: int
     seconds: float
     finding: Finding | None
+    kept: int = 0  # inputs that reached something new
+    lines: int = 0  # of the product, that were reached
 
 
-def make_input(target: Target, seed: int, number: int) -> bytes:
-    """The input of one execution; the same for the same three."""
-    return target.make(random.Random(f"{target.name}/{seed}/{number}"))
+class Coverage:
+    """The lines of some files that were reached while ``watching``; in this thread."""
+
+    def __init__(self, files: Iterable[str] = PRODUCT) -> None:
+        self._files = frozenset(files)
+        self._missing: dict[CodeType, set[int]] = {}  # of each function that was called
+        self.lines = 0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        before = sys.gettrace()
+        sys.settrace(self._on_call)
+        try:
+            yield
+        finally:
+            sys.settrace(before)
+
+    def _on_call(self, frame: FrameType, _event: str, _argument: Any) -> Any:
+        code = frame.f_code
+        missing = self._missing.get(code)
+        if missing is None:
+            if code.co_filename not in self._files:
+                return None
+            missing = self._missing[code] = {line for _, _, line in code.co_lines() if line}
+            missing.discard(code.co_firstlineno)
+        # Where every line was reached, nothing is traced any more: that is what makes it fast.
+        return self._on_line if missing else None
+
+    def _on_line(self, frame: FrameType, event: str, _argument: Any) -> Any:
+        missing = self._missing[frame.f_code]
+        if event == "line" and frame.f_lineno in missing:
+            missing.remove(frame.f_lineno)
+            self.lines += 1
+        return self._on_line
+
+
+def make_input(target: Target, seed: int, number: int, kept: Sequence[bytes] = ()) -> bytes:
+    """The input of one execution; the same for the same four."""
+    rng = random.Random(f"{target.name}/{seed}/{number}")
+    if kept and rng.random() < _KEPT_SHARE:
+        return target.change(rng, rng.choice(kept))
+    return target.make(rng)
 
 
 def fuzz(
-    target: Target, seed: int, *, seconds: float = 3600.0, executions: int | None = None
+    target: Target,
+    seed: int,
+    *,
+    seconds: float = 3600.0,
+    executions: int | None = None,
+    coverage: Coverage | None = None,
 ) -> Outcome:
     """Run an open target until the time or the number of executions is over, or it fails."""
+    coverage = coverage or Coverage()
+    kept: list[bytes] = []
+
+    def outcome(executed: int, finding: Finding | None) -> Outcome:
+        return Outcome(executed, time.monotonic() - began_s, finding, len(kept), coverage.lines)
+
     began_s = told_s = time.monotonic()
     for number in count():
         now_s = time.monotonic()
@@ -60,15 +119,18 @@ def fuzz(
         if now_s - told_s >= _PROGRESS_EVERY_S and sys.stderr.isatty():
             told_s = now_s
             print(f"\r{target.name}: {number} executions", end="", file=sys.stderr, flush=True)
-        data = make_input(target, seed, number)
-        error = error_of(target, data)
+        data, lines = make_input(target, seed, number, kept), coverage.lines
+        with coverage.watching():
+            error = error_of(target, data)
         if error is not None:
-            return Outcome(number + 1, time.monotonic() - began_s, Finding(number, data, error))
+            return outcome(number + 1, Finding(number, data, error))
+        if coverage.lines > lines and not target.is_live:
+            kept.append(data)
     try:
         target.check()  # what is only seen after many
     except Exception as error:  # noqa: BLE001 - whatever it is, it is the finding
-        return Outcome(number, time.monotonic() - began_s, Finding(number, b"", error))
-    return Outcome(number, time.monotonic() - began_s, None)
+        return outcome(number, Finding(number, b"", error))
+    return outcome(number, None)
 
 
 def error_of(target: Target, data: bytes) -> BaseException | None:
@@ -127,7 +189,8 @@ def main(argv: Sequence[str]) -> int:
             state = "FAILED" if outcome.finding else "ok"
             print(
                 f"{state:6} {name:12} seed={seed} executions={outcome.executions} "
-                f"seconds={outcome.seconds:.1f} per_second={rate:.0f}",
+                f"seconds={outcome.seconds:.1f} per_second={rate:.0f} "
+                f"lines={outcome.lines} kept={outcome.kept}",
                 flush=True,
             )
     return int(failed)

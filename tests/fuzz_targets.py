@@ -16,7 +16,7 @@
 | client-port | what a client sends to a live node | go on serving others, memory flat |
 | peer-port | the same at the port for peers | likewise |
 
-``make`` gives the next input, ``run`` raises for one that is not taken so, ``check`` after many.
+``make`` gives the next input, ``change`` makes one from another, ``run`` raises for one that is not taken so, ``check`` after many.
 """
 
 from __future__ import annotations
@@ -84,6 +84,8 @@ class Target:
     """One place where bytes come in; open while it is in a ``with`` block."""
 
     name: ClassVar[str]
+    choice_bytes: ClassVar[int] = 0  # at the beginning of an input: they choose what it is for
+    is_live: ClassVar[bool] = False  # another process takes it
 
     def __enter__(self) -> Self:
         self.open()
@@ -101,6 +103,10 @@ class Target:
     def make(self, rng: random.Random) -> bytes:
         """An input."""
         raise NotImplementedError
+
+    def change(self, rng: random.Random, data: bytes) -> bytes:
+        """Another input, made from one that reached something new."""
+        return data[: self.choice_bytes] + mutated(rng, data[self.choice_bytes :], changes_max=3)
 
     def run(self, data: bytes) -> None:
         """Raises whatever there is to find."""
@@ -344,6 +350,7 @@ class Log(_OnDisk):
     """A log's directory, one file of which is damaged; an input names it by its first two bytes."""
 
     name = "log"
+    choice_bytes = 2
 
     def open(self) -> None:
         super().open()
@@ -459,6 +466,7 @@ class StateFile(_OnDisk):
     """A member's state, of which a file is damaged; an input's first byte says which."""
 
     name = "state"
+    choice_bytes = 1
     _NAMES = ("state.db", "state.db-wal")
 
     def open(self) -> None:
@@ -611,6 +619,7 @@ class ClientPort(Target):
     """One node, many connections; an input's first byte says how its connection ends."""
 
     name = "client-port"
+    is_live = True
     # What would change the cluster, or write a file, stays out.
     _ARGS = (
         *SHORT_TIMERS,

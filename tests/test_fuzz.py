@@ -5,14 +5,15 @@ The long run is `make fuzz`. What it once found is a test of the module that was
 
 from __future__ import annotations
 
+import random
 import re
 from pathlib import Path
 
 import pytest
 
 import raft_frames
-from tests.fuzz import fuzz, main, make_input
-from tests.fuzz_targets import TARGETS
+from tests.fuzz import Coverage, fuzz, main, make_input
+from tests.fuzz_targets import TARGETS, Target
 
 SEED = 20261124
 # By target: about half a second each.
@@ -56,6 +57,35 @@ def test_input_when_made_again_then_the_same() -> None:
         for number in range(20):
             assert make_input(one, 5, number) == make_input(other, 5, number)
         assert make_input(one, 5, 1) != make_input(one, 6, 1)
+
+
+class Lock(Target):
+    """Opens to one word, of which each letter is a line of its own."""
+
+    name = "lock"
+
+    def make(self, rng: random.Random) -> bytes:
+        return rng.randbytes(4)
+
+    def run(self, data: bytes) -> None:
+        if data[:1] == b"f":
+            if data[1:2] == b"u":
+                if data[2:3] == b"z":
+                    raise AssertionError("open")
+                return
+            return
+
+
+def test_coverage_when_an_input_gets_further_then_later_ones_go_on_from_there() -> None:
+    """Chance alone would try 16 million words."""
+    with Lock() as target:
+        guided = fuzz(target, 1, executions=60_000, coverage=Coverage([__file__]))
+        blind = fuzz(target, 1, executions=60_000, coverage=Coverage([]))
+
+    assert guided.finding is not None
+    assert guided.finding.data[:3] == b"fuz"
+    assert guided.kept >= 2
+    assert blind.finding is None
 
 
 def test_runner_when_a_target_fails_then_it_keeps_the_input_and_says_how_to_replay_it(

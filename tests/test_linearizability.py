@@ -7,6 +7,7 @@ import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -191,6 +192,22 @@ def test_register_when_no_order_explains_the_answers_then_is_rejected(name: str)
 
     assert verdict.outcome is Outcome.VIOLATION
     assert "impossible next" in verdict.reason
+
+
+# Of one key each: written by hand, or (``...-async-...``) as clients of a store saw it that answers
+# before it replicates, whose nodes were killed.
+HISTORIES = sorted(Path(__file__).with_name("histories").glob("*.jsonl"))
+
+
+@pytest.mark.parametrize("path", HISTORIES, ids=lambda path: path.stem)
+def test_history_that_a_broken_store_produced_is_rejected(path: Path) -> None:
+    """Whatever is made of the checkers: what they once caught they catch."""
+    history = list(map(from_json, path.read_text().splitlines()))
+
+    if path.name.startswith("counter"):
+        assert check_counter(history)
+    else:
+        assert check_register(history).outcome is Outcome.VIOLATION
 
 
 def test_register_when_the_search_is_given_up_then_it_is_no_pass() -> None:
