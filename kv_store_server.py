@@ -737,7 +737,7 @@ class Server:
 
     def _die(self, error: BaseException) -> None:
         """A thread has died. Nothing that this process says can be trusted now: end it at once."""
-        if isinstance(error, OSError) and error.errno in DISK_FAULTS:
+        if isinstance(error, OSError) and error.errno in (*DISK_FAULTS, errno.EIO):
             log.critical("the process ends: %s", _explained(error, self.settings.data_dir))
         else:
             log.critical("the process ends: a thread died of %r", error, exc_info=error)
@@ -753,7 +753,12 @@ class Server:
 
 
 def _explained(error: OSError, data_dir: Path) -> str:
-    """An error with what to do, if the disk can take nothing."""
+    """An error with what to do, if the disk can take nothing, or is broken."""
+    if error.errno == errno.EIO:
+        return (
+            f"the disk has failed ({data_dir}): start the node again, and if it fails once more, "
+            f"replace the disk; by the same command it comes back as a new member ({error})"
+        )
     why = DISK_FAULTS.get(error.errno or 0)
     if why is None:
         return str(error)

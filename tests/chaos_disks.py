@@ -17,14 +17,23 @@ from typing import Final
 
 from kv_config import EXIT_CONFIG
 from kv_errors import KVError, NoPrimaryError, NoSpaceError, OutOfMemoryError
+from raft_types import Entry, EntryKind, encode_entries
 from raft_watch import DISK_FLOOR_BYTES
+from replication_log_format import (
+    SECTOR_BYTES,
+    SEGMENT_HEADER_BYTES,
+    encode_record,
+    record_start,
+    scan,
+)
 from tests.chaos_links import Weather
-from tests.chaos_stage import CUT, CannotTestError, ChaosCluster, Stage
+from tests.chaos_stage import CUT, CannotTestError, ChaosCluster, NotDoneError, Stage
 from tests.cluster import eventually
 
 SMALL_DISK_BYTES: Final = 384 * 1024 * 1024
 FILLER_BYTES: Final = 50_000
 FILLER_COUNT: Final = 1000
+PAGE_BYTES: Final = 4096
 
 
 def fill(stage: Stage, done: Callable[[], bool]) -> KVError | None:
@@ -46,12 +55,12 @@ def unfill(stage: Stage) -> None:
         client.delete(*(f"filler:{number}" for number in range(FILLER_COUNT)))
 
 
-def snapshot(stage: Stage) -> None:
-    """F6: a follower misses more than the log keeps, and is killed while it gets the state."""
+def fall_behind(stage: Stage, follower: str) -> None:
+    """The others drop what the follower lacks from their logs; it is cut off, or does not run."""
     cluster = stage.cluster
-    follower = stage.one(cluster.secondaries())
     seen = cluster.status(follower) or {"last_index": 0}
-    stage.weather("cut", stage.both_ways([follower], cluster.node_ids), CUT)
+    if cluster.process(follower) is not None:
+        stage.weather("cut", stage.both_ways([follower], cluster.node_ids), CUT)
 
     def cut_behind() -> bool:
         others = filter(None, map(cluster.status, cluster.others(follower)))
@@ -61,8 +70,15 @@ def snapshot(stage: Stage) -> None:
 
     refusal = fill(stage, cut_behind)
     assert refusal is None, str(refusal)
-    unfill(stage)
     stage.tell(f"{follower} is behind the log")
+
+
+def snapshot(stage: Stage) -> None:
+    """F6: a follower misses more than the log keeps, and is killed while it gets the state."""
+    cluster = stage.cluster
+    follower = stage.one(cluster.secondaries())
+    fall_behind(stage, follower)
+    unfill(stage)
     slow = Weather(bytes_per_s=2_000_000)
     stage.weather("slow", stage.both_ways([follower], cluster.node_ids), slow)
     for _ in range(stage.rng.randint(1, 3)):
@@ -70,6 +86,37 @@ def snapshot(stage: Stage) -> None:
         stage.tell(f"kill {follower}")
         cluster.kill(follower)
         cluster.start(follower)
+
+
+def snapshot_damaged(stage: Stage) -> None:
+    """F8: a bit of a state is flipped on its way to a follower's disk; it is sent again."""
+    cluster = stage.cluster
+    follower = stage.one(cluster.secondaries())
+    node = cluster.node(follower)
+    incoming = node.directory / "incoming.db"
+    fall_behind(stage, follower)
+    slow = Weather(bytes_per_s=500_000)
+    stage.weather("slow", stage.both_ways([follower], cluster.node_ids), slow)
+
+    def flip() -> bool:
+        with contextlib.suppress(FileNotFoundError), incoming.open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > 0:
+                place = stage.rng.randrange(size)
+                bit = 1 << stage.rng.randrange(8)
+                os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, place)[0] ^ bit]), place)
+                stage.tell(f"{follower}: a bit flipped at {place} of {size} received")
+                return True
+        return False
+
+    refused = "a snapshot can't be installed"
+    before = node.log.read_text(errors="replace").count(refused)
+    cluster.eventually(flip, f"{follower} is sent a state")
+    stage.network.heal()
+    cluster.heal()
+    unfill(stage)
+    if node.log.read_text(errors="replace").count(refused) == before:
+        raise NotDoneError("the state was installed before it was damaged")
 
 
 def disk_error(stage: Stage) -> None:
@@ -83,6 +130,33 @@ def disk_error(stage: Stage) -> None:
     stage.hold(0.1, 1.0)
 
 
+def fsync_error(stage: Stage) -> None:
+    """F7: a sync of a node's log fails once (EIO): what is on the disk is unknown, so it has to end."""
+    cluster = stage.cluster
+    victim = stage.one([cluster.primary(), *cluster.node_ids])
+    process = cluster.process(victim)
+    assert process is not None
+    stage.tell(f"a sync of {victim} fails")
+    mark = cluster.fails(process)
+    mark.touch()
+    eventually(lambda: cluster.process(victim) is None, f"{victim} ends")
+    assert not mark.exists(), f"{victim} ended for another reason"
+    stage.hold(0.1, 1.0)
+
+
+def power_loss(stage: Stage) -> None:
+    """F2: the power of one, a majority or all is lost, and with it what was not synced, or parts."""
+    cluster = stage.cluster
+    nodes = cluster.node_ids
+    majority = stage.rng.sample(nodes, len(nodes) // 2 + 1)
+    victims = stage.rng.choice([nodes, majority, [cluster.primary()], [stage.one(nodes)]])
+    unsafe_bytes = cluster.lose_power(victims, stage.rng)
+    stage.tell(f"{' '.join(victims)} lost power, and {unsafe_bytes} bytes or a part of them")
+    stage.hold(0.0, 1.0)
+    if not unsafe_bytes:
+        raise NotDoneError("everything was synced")
+
+
 def disk_stall(stage: Stage) -> None:
     """F7: the log's writes wait for 0.1 to 10 s: the primary's, a secondary's, all secondaries'."""
     cluster = stage.cluster
@@ -92,7 +166,7 @@ def disk_stall(stage: Stage) -> None:
     seconds = 10 ** stage.rng.uniform(-1.0, 1.0)
     stage.tell(f"disk of {' '.join(victims)} stalls for {seconds:.1f} s (primary {primary})")
     processes = [p for p in map(cluster.process, victims) if p is not None]
-    marks = [cluster.stalled / str(process.pid) for process in processes]
+    marks = list(map(cluster.hangs, processes))
     for mark in marks:
         mark.touch()
     stage.hold(seconds, seconds)
@@ -200,23 +274,73 @@ def others_have_all(stage: Stage, victim: str) -> None:
     cluster.eventually(level, f"the others have everything without {victim}")
 
 
-def damage(stage: Stage) -> None:
-    """F8: a bit of a node's log or state is flipped; a node that refuses to start is wiped.
+def flip_bit(stage: Stage, directory: Path) -> str:
+    """A bit of a log or a state is not what it was.
 
     Not in the last records, where a flipped bit looks like a record that was not written to its
     end: the node cuts that off, but here it had been acknowledged, which Raft does not survive.
     """
-    cluster = stage.cluster
-    victim = stage.one(cluster.secondaries())
-    others_have_all(stage, victim)
-    files = sorted(cluster.node(victim).directory.rglob("*"))
-    files = [path for path in files if path.is_file() and path.stat().st_size > 1000]
-    path = stage.rng.choice(files)
-    data = bytearray(path.read_bytes())
+    path, data = _some_file(stage, directory)
     place = stage.rng.randrange(len(data.rstrip(bytes(1))) // 2)
     data[place] ^= 1 << stage.rng.randrange(8)
     path.write_bytes(data)
-    stage.tell(f"{victim}: {path.name} has a bit flipped at {place} of {len(data)}")
+    return f"{path.name} has a bit flipped at {place} of {len(data)}"
+
+
+def zero_page(stage: Stage, directory: Path) -> str:
+    """A page of a log or a state is nothing but zeros; not the last records, as with a bit."""
+    path, data = _some_file(stage, directory)
+    half = len(data.rstrip(bytes(1))) // 2
+    place = stage.rng.randrange(half // PAGE_BYTES + 1) * PAGE_BYTES
+    end = min(place + PAGE_BYTES, half)
+    data[place:end] = bytes(end - place)
+    path.write_bytes(data)
+    return f"{path.name} has zeros at {place}..{end} of {len(data)}"
+
+
+def _some_file(stage: Stage, directory: Path) -> tuple[Path, bytearray]:
+    files = [path for path in sorted(directory.rglob("*")) if path.is_file()]
+    path = stage.rng.choice([path for path in files if path.stat().st_size > 1000])
+    return path, bytearray(path.read_bytes())
+
+
+def delete_file(stage: Stage, directory: Path) -> str:
+    """The file that says who the member is, or its state, is gone; the log is not."""
+    path = directory / stage.rng.choice(["identity.json", "state.db"])
+    path.unlink()
+    return f"{path.name} is deleted"
+
+
+def tear_tail(stage: Stage, directory: Path) -> str:
+    """The log ends in a part of a record, of which nobody was told: it is cut off."""
+    path = max(directory.glob("log-*.seg"))
+    end = SEGMENT_HEADER_BYTES
+    with path.open("r+b") as file:
+        for offset, size_bytes, _, _ in scan(path, file.fileno(), path.stat().st_size):
+            end = offset + size_bytes
+        lost = Entry(
+            10**9, 10**9, EntryKind.COMMAND, stage.rng.randbytes(stage.rng.randint(2000, 9000))
+        )
+        start = record_start(end)
+        record = encode_record(None, encode_entries([lost]))
+        # A disk writes a sector whole or not at all.
+        count = stage.rng.randrange(
+            1, (start + len(record)) // SECTOR_BYTES - start // SECTOR_BYTES
+        )
+        torn_end = start - start % SECTOR_BYTES + count * SECTOR_BYTES
+        os.pwrite(file.fileno(), record[: torn_end - start], start)
+    return f"{path.name} ends in a torn record at {start}..{torn_end}"
+
+
+def damage(stage: Stage) -> None:
+    """F8: a bit flipped, a page zeroed, a file deleted, a torn end; who refuses to start is wiped."""
+    cluster = stage.cluster
+    victim = stage.one(cluster.secondaries())
+    others_have_all(stage, victim)
+    directory = cluster.node(victim).directory
+    how = stage.rng.choice([flip_bit, zero_page, delete_file, tear_tail])
+    stage.tell(f"{victim}: {how(stage, directory)}")
+    must_refuse = how is delete_file and not (directory / "identity.json").exists()
     cluster.start(victim)
     process = cluster.process(victim)
 
@@ -224,11 +348,14 @@ def damage(stage: Stage) -> None:
         return cluster.process(victim) is None or cluster.status(victim) is not None
 
     cluster.eventually(decided, f"{victim} serves or refuses")
-    if cluster.process(victim) is None:
+    refuses = cluster.process(victim) is None
+    assert not (refuses and how is tear_tail), f"{victim} does not start after a crash"
+    assert refuses or not must_refuse, f"{victim} does not know who it is, and serves"
+    if refuses:
         stage.tell(f"{victim} refuses to start: wiped")
         ended = process.wait(1) if process else None
         assert ended in (None, EXIT_CONFIG), f"{victim} ended with {ended}"
-        shutil.rmtree(cluster.node(victim).directory)
+        shutil.rmtree(directory)
 
 
 def memory(stage: Stage) -> None:

@@ -1,4 +1,4 @@
-"""A node that dies by SIGKILL at a step, or whose disk hangs: the server, started by tests.
+"""A node that dies by SIGKILL at a step, or whose disk hangs or fails: the server, started by tests.
 
     KV_TEST_FAILPOINT="save-committed" python tests/failpoint_server.py --primary ...
 
@@ -15,12 +15,14 @@ The points, of which each has a count (``... 3``: the third time; 1 if none is g
     after RaftNode._apply        it returns
     after RaftNode._apply membership     it returns, and a change of membership was in it
 
-With KV_TEST_HANGS the log's writes wait as long as there is a file in that directory that is called
-by the process' pid.
+With KV_TEST_DISK the log's writes wait as long as there is a file in that directory that is called by
+the process' pid; and if there is one that is called ``pid.fails``, it is taken away, and the next sync
+fails with EIO.
 """
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import re
@@ -46,7 +48,7 @@ from raft_types import Entry, EntryKind, HardState, Role  # noqa: E402
 from replication_log_format import SECTOR_BYTES  # noqa: E402
 
 VARIABLE = "KV_TEST_FAILPOINT"
-HANGS = "KV_TEST_HANGS"
+DISK = "KV_TEST_DISK"
 TORN = "append torn"
 # Operations of the log whose calls to the disk are points. ``vote`` is an append of a hard state.
 OPERATIONS = ("append", "vote", "drop_before", "reset", "save_identity", "_create_segment")
@@ -142,7 +144,7 @@ class Failpoint:
         """Patch what can be reached."""
         state_db.failpoint = self.reach
         # A write and its sync are one call where the system has it: there is no point in it.
-        disk = replication_log.Disk()
+        disk = replace(replication_log._system_disk(), pwrite_durably=None)
         calls = {call: self._watched(call, getattr(disk, call)) for call in DISK_CALLS}
         assert calls.keys() <= {field.name for field in fields(disk)}
         faulty = replace(disk, **calls)
@@ -198,22 +200,30 @@ class Failpoint:
         return surrounded
 
 
-def hang_while_there_is(path: Path) -> None:
-    """Let every write to the log wait for that."""
+def trouble_disk(directory: Path) -> None:
+    """Let every write to the log wait, and the next sync fail, while there is a file that says so."""
     disk = replication_log.Disk()
+    hangs = directory / str(os.getpid())
+    fails = directory / f"{os.getpid()}.fails"
 
     def pwrite(fd: int, data: bytes, offset: int) -> int:
-        while path.exists():
+        while hangs.exists():
             time.sleep(0.01)
         return disk.pwrite(fd, data, offset)
 
-    hanging = replace(disk, pwrite=pwrite)
-    replication_log._system_disk = lambda: hanging
+    def fdatasync(fd: int) -> None:
+        if fails.exists():
+            fails.unlink()
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        disk.fdatasync(fd)
+
+    troubled = replace(disk, pwrite=pwrite, fdatasync=fdatasync)
+    replication_log._system_disk = lambda: troubled
 
 
 if __name__ == "__main__":
-    if directory := os.environ.get(HANGS):
-        hang_while_there_is(Path(directory, str(os.getpid())))
+    if directory := os.environ.get(DISK):
+        trouble_disk(Path(directory))
     if text := os.environ.get(VARIABLE):
         Failpoint(text).install()
     sys.exit(kv_store_server.main())

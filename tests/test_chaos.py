@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -24,7 +25,7 @@ from tests.chaos import Result, main, run
 from tests.chaos_classes import CLASSES
 from tests.chaos_links import CLIENT, INSIDE, OUTSIDE, Network, Weather
 from tests.chaos_members import transfer_unheard
-from tests.chaos_stage import CUT, FaultClass, Stage
+from tests.chaos_stage import CUT, FaultClass, NotDoneError, Rounds, Stage
 from tests.chaos_workloads import Notes, StaleReads
 from tests.cluster import eventually
 from tests.linearizability import Kind
@@ -125,6 +126,41 @@ def test_run_in_which_one_workload_did_nothing_is_invalid(monkeypatch: pytest.Mo
     ]
     assert result.kept is not None
     shutil.rmtree(result.kept)
+
+
+def refused(stage: Stage) -> None:
+    stage.hold(0.2, 0.5)
+    raise NotDoneError("no majority is risked")
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_run_in_which_every_fault_was_refused_is_invalid() -> None:
+    """A command that was not obeyed is no fault that was survived."""
+    result = run(FaultClass("refused", (refused,), nodes=1), BROKEN_S, SEED)
+
+    assert result.verdict == "INVALID", told(result)
+    assert result.rounds == 0
+    assert result.doubts == ["nothing failed"]
+    assert result.kept is not None
+    assert "came to nothing: no majority" in (result.kept / "faults.txt").read_text()
+    shutil.rmtree(result.kept)
+
+
+@pytest.mark.parametrize(
+    ("done", "undone", "doubts"),
+    [
+        ({"a": 3, "b": 1}, {"a": 4}, 0),
+        ({"a": 3}, {"b": 1}, 0),
+        ({"a": 3}, {"b": 2}, 1),  # of one kind nothing is proved
+        ({"a": 2}, {"a": 3}, 1),
+        ({}, {"a": 1}, 1),
+    ],
+)
+def test_rounds_when_too_few_took_effect_then_they_are_doubted(
+    done: dict[str, int], undone: dict[str, int], doubts: int
+) -> None:
+    assert len(Rounds(Counter(done), Counter(undone)).doubts()) == doubts
 
 
 @pytest.mark.cluster

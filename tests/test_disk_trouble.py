@@ -21,7 +21,7 @@ from kv_errors import NoSpaceError, OutOfMemoryError
 from kv_types import Reply
 from raft_watch import DISK_FLOOR_BYTES, DISK_RESERVE_BYTES
 from tests.cluster import PATIENCE_S, SHORT_TIMERS, Cluster, eventually
-from tests.failpoint_server import HANGS
+from tests.failpoint_server import DISK
 from tests.test_crash_points import EVERY_POINT
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -258,7 +258,7 @@ def test_primary_when_its_disk_hangs_then_another_leads_though_its_process_answe
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its heartbeats flow, but it makes way; ``status`` says why, until the disk answers again."""
-    monkeypatch.setenv(HANGS, str(tmp_path))
+    monkeypatch.setenv(DISK, str(tmp_path))
     script = Path(__file__).with_name("failpoint_server.py")
     with Cluster(*SHORT_TIMERS, server_script=script) as cluster:
         old = cluster.primary()
@@ -280,6 +280,33 @@ def test_primary_when_its_disk_hangs_then_another_leads_though_its_process_answe
         writer.join(PATIENCE_S)
         assert cluster.in_step()["keys"] in (2, 3)  # of the one meanwhile nobody was told
         cluster.eventually(lambda: not trouble(cluster, old), "it has recovered")
+
+
+# ---- A disk that fails ---------------------------------------------------------------------------
+
+
+def test_disk_when_a_sync_fails_then_the_node_ends_and_says_of_which_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EIO is no bug of the program's to be told in a traceback; what was answered is there later."""
+    monkeypatch.setenv(DISK, str(tmp_path))
+    script = Path(__file__).with_name("failpoint_server.py")
+    with Cluster(*SHORT_TIMERS, nodes=1, server_script=script) as cluster:
+        process = cluster.process("node1")
+        assert process is not None
+        assert write(cluster, "node1", "before") == "OK"
+        (tmp_path / f"{process.pid}.fails").touch()
+
+        with suppress(OSError):
+            assert write(cluster, "node1", "lost") != "OK"
+
+        process.wait(PATIENCE_S)
+        log = log_of(cluster, "node1")
+        assert f"the process ends: the disk has failed ({cluster.node('node1').directory})" in log
+        assert "Traceback" not in log
+        cluster.start("node1")
+        cluster.primary()
+        assert cluster.ask("node1", "GET before")["status"] == "OK"
 
 
 # ---- Memory ------------------------------------------------------------------------------------

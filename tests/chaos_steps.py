@@ -1,0 +1,115 @@
+"""How nodes die between two steps: the round of chaos that needs the points of ``failpoint_server.py``.
+
+The letters are those of the fault model; what a round may do is in ``chaos_stage.py``. Here clients
+and faults meet at a step; that each step is survived by itself is shown by ``test_crash_points.py``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from typing import Final
+
+from tests.chaos_disks import fall_behind, fill, unfill
+from tests.chaos_stage import NotDoneError, Stage
+from tests.cluster import eventually
+
+DIES_WITHIN_S: Final = 10.0
+# A step is taken so often before the node dies there.
+COUNT_MAX: Final = 40
+
+# By what has to happen for a node to get there.
+FOLLOWS: Final = (
+    *("append torn", "append before pwrite", "append before fdatasync"),
+    *("after ReplicationLog.append", "after RaftNode._write", "before RaftNode._advance_locked"),
+    *("before RaftCore._commit_to as secondary", "after RaftCore._commit_to as secondary"),
+    *("before RaftNode._apply", "after RaftNode._apply"),
+)
+LEADS: Final = (
+    *("before RaftNode._next_append", "after RaftNode._next_append"),
+    *("append before pwrite", "append before fdatasync", "after ReplicationLog.append"),
+    *("before RaftCore._commit_to as primary", "after RaftCore._commit_to as primary"),
+    *("before RaftNode._apply", "after RaftNode._apply", "before Waiting.applied"),
+)
+SAVES: Final = (
+    *("save-begun", "save-header-written", "save-rows-written", "save-committed", "save-synced"),
+    *("drop_before before unlink", "drop_before before fsync"),
+    *("_create_segment before pwrite", "_create_segment before fdatasync"),
+    "_create_segment before fsync",
+)
+INSTALLS: Final = (
+    *("before StateKeeper.on_chunk", "snapshot-received", "snapshot-synced", "install-closed"),
+    *("install-renamed", "install-synced", "before ReplicationLog.reset"),
+    *("reset before unlink", "reset before fsync", "after ReplicationLog.reset"),
+)
+VOTES: Final = ("vote before pwrite", "vote before fdatasync")
+
+
+def crash_step(stage: Stage) -> None:
+    """F10: a node dies between two steps: writes, sends, commits, applies, saves, installs, votes."""
+    cluster = stage.cluster
+    how = stage.rng.choice([_follow, _lead, _save, _install, _vote])
+    victim = stage.one(cluster.secondaries())
+    cluster.kill(victim)
+    how(stage, victim)
+    process = cluster.spawned[victim]
+    try:
+        eventually(lambda: process.poll() is not None, f"{victim} dies", DIES_WITHIN_S)
+    except AssertionError as error:
+        cluster.kill(victim)  # it must not die in another round
+        raise NotDoneError(f"{victim} did not come to that step") from error
+    finally:
+        unfill(stage)
+    assert process.poll() == -signal.SIGKILL, f"{victim} ended with {process.poll()}"
+    stage.hold(0.0, 1.0)
+
+
+def _start_to_die(stage: Stage, victim: str, point: str) -> None:
+    stage.tell(f"{victim} is to die: {point}")
+    stage.cluster.failpoints[victim] = point
+    stage.cluster.start(victim)
+
+
+def _follow(stage: Stage, victim: str) -> None:
+    _start_to_die(stage, victim, f"{stage.one(FOLLOWS)} {stage.rng.randint(1, COUNT_MAX)}")
+
+
+def _lead(stage: Stage, victim: str) -> None:
+    """The victim is made the primary, unless it dies before."""
+    cluster = stage.cluster
+    _start_to_die(stage, victim, f"{stage.one(LEADS)} {stage.rng.randint(1, COUNT_MAX)}")
+
+    def leads() -> bool:
+        if cluster.spawned[victim].poll() is not None:
+            return True
+        status = cluster.status(victim)
+        if status is not None and status["role"] != "PRIMARY":
+            with contextlib.suppress(OSError):
+                cluster.ask(cluster.primary(), f"FAILOVER TO {victim}")
+        return status is not None and status["role"] == "PRIMARY"
+
+    with contextlib.suppress(AssertionError):
+        eventually(leads, f"{victim} leads", DIES_WITHIN_S / 2)
+
+
+def _save(stage: Stage, victim: str) -> None:
+    """So much is written that the state is saved and the log cut behind it."""
+    _start_to_die(stage, victim, stage.one(SAVES))
+    refusal = fill(stage, lambda: stage.cluster.spawned[victim].poll() is not None)
+    assert refusal is None, str(refusal)
+
+
+def _install(stage: Stage, victim: str) -> None:
+    fall_behind(stage, victim)
+    _start_to_die(stage, victim, stage.one(INSTALLS))
+
+
+def _vote(stage: Stage, victim: str) -> None:
+    """The primary dies, so that the victim has to vote; then nobody leads for a while."""
+    cluster = stage.cluster
+    _start_to_die(stage, victim, stage.one(VOTES))
+    cluster.eventually(lambda: cluster.status(victim), f"{victim} answers")
+    cluster.kill(cluster.primary())
+    with contextlib.suppress(AssertionError):
+        eventually(lambda: cluster.spawned[victim].poll() is not None, "", DIES_WITHIN_S)
+    cluster.heal()
