@@ -37,7 +37,7 @@ import psutil
 from kv_errors import BusyError, NoPrimaryError
 from tests.chaos_classes import CLASSES
 from tests.chaos_links import Network
-from tests.chaos_stage import CannotTestError, ChaosCluster, FaultClass, Stage, repeat
+from tests.chaos_stage import CannotTestError, ChaosCluster, FaultClass, Rounds, Stage, repeat
 from tests.chaos_workloads import Load, Notes
 from tests.cluster import eventually
 from tests.linearizability import to_json
@@ -72,8 +72,7 @@ class Result:
     name: str
     seed: int
     seconds: float = 0.0
-    rounds: int = 0
-    kinds: dict[str, int] = field(default_factory=dict)  # of the rounds, how many of each
+    rounds: Rounds = field(default_factory=Rounds)
     counts: dict[str, int] = field(default_factory=dict)
     failovers_s: list[float] = field(default_factory=list)
     longest_s: float = 0.0
@@ -249,7 +248,7 @@ def _run(fault: FaultClass, seconds: float, stage: Stage, notes: Notes, result: 
             time.sleep(QUIET_S)
             began = time.monotonic()
             stage.until = began + seconds
-            rounds = repeat(fault, stage)
+            result.rounds = repeat(fault, stage)
             ended = time.monotonic()
             time.sleep(QUIET_S)
         cluster.heal()
@@ -257,8 +256,6 @@ def _run(fault: FaultClass, seconds: float, stage: Stage, notes: Notes, result: 
     with cluster.client() as final:
         problems = load.check(final)
     result.seconds = ended - began
-    result.rounds = rounds.done.total()
-    result.kinds = dict(sorted(rounds.done.items()))
     result.counts = notes.counts
     spans = pauses(notes.answered, began, ended)
     result.longest_s = max(end - start for start, end in spans)
@@ -272,7 +269,7 @@ def _run(fault: FaultClass, seconds: float, stage: Stage, notes: Notes, result: 
     if notes.counts["ok"] < OPERATIONS_PER_S_MIN * seconds:
         result.doubts.append(f"too little traffic: {notes.counts}")
     result.doubts += load.lacking(seconds)
-    result.doubts += rounds.doubts()
+    result.doubts += result.rounds.doubts()
 
 
 def keep(cluster: ChaosCluster, notes: Notes, stage: Stage, result: Result) -> Path:
@@ -309,7 +306,7 @@ def row(result: Result) -> list[str]:
     times = result.failovers_s
     return [
         result.name,
-        str(result.rounds),
+        str(result.rounds.done.total()),
         *(f"{result.counts.get(name, 0):,}" for name in ("ok", "definite", "unknown")),
         str(len(times)),
         f"{statistics.median(times):.2f} s" if times else "-",
@@ -363,7 +360,7 @@ def main(argv: Sequence[str]) -> int:
         result = run(fault, options.seconds, seed, server_args=options.server_args)
         results.append(result)
         print(f"  {' | '.join(row(result)[1:])}", flush=True)
-        print(f"  {', '.join(f'{count} {name}' for name, count in result.kinds.items())}")
+        print(f"  {result.rounds}")
         for text in (*result.problems, *result.doubts):
             print(f"  {text}")
         if result.kept:

@@ -214,6 +214,14 @@ class Rounds:
     done: Counter[str] = field(default_factory=Counter)
     undone: Counter[str] = field(default_factory=Counter)  # they came to nothing
 
+    def __str__(self) -> str:
+        parts = [
+            f"{', '.join(f'{n} {name}' for name, n in sorted(counts.items()))}{what}"
+            for counts, what in ((self.done, ""), (self.undone, " came to nothing"))
+            if counts
+        ]
+        return "; ".join(parts)
+
     def doubts(self) -> list[str]:
         """Why what failed is too little to prove something."""
         if not self.done:
