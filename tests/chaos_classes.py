@@ -42,7 +42,13 @@ from tests.chaos_members import (
     transfer_unpaused,
 )
 from tests.chaos_stage import FaultClass
-from tests.chaos_steps import crash_step
+from tests.chaos_steps import (
+    crash_following,
+    crash_installing,
+    crash_leading,
+    crash_saving,
+    crash_voting,
+)
 
 # A stall, a sync that fails and a death at a step take a server that is patched.
 FAILPOINT_SERVER: Final = Path(__file__).with_name("failpoint_server.py")
@@ -61,7 +67,12 @@ SNAPSHOT_WORDS: Final = ("a snapshot can't be installed",)
 SINGLE: Final = (
     FaultClass("kill-primary", (kill_primary,)),
     FaultClass("kill", (kill,)),
-    FaultClass("crash-step", (crash_step,), server_args=SMALL_LOG, server_script=FAILPOINT_SERVER),
+    FaultClass(
+        "crash-step",
+        (crash_following, crash_leading, crash_saving, crash_installing, crash_voting),
+        server_args=SMALL_LOG,
+        server_script=FAILPOINT_SERVER,
+    ),
     FaultClass("pause", (pause,)),
     FaultClass("partition", (partition,)),
     FaultClass("one-way", (one_way,)),

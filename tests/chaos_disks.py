@@ -56,11 +56,10 @@ def unfill(stage: Stage) -> None:
 
 
 def fall_behind(stage: Stage, follower: str) -> None:
-    """The others drop what the follower lacks from their logs; it is cut off, or does not run."""
+    """The follower is cut off, until the others have dropped what it lacks from their logs."""
     cluster = stage.cluster
-    seen = cluster.status(follower) or {"last_index": 0}
-    if cluster.process(follower) is not None:
-        stage.weather("cut", stage.both_ways([follower], cluster.node_ids), CUT)
+    seen = cluster.eventually(lambda: cluster.status(follower), f"{follower} answers")
+    stage.weather("cut", stage.both_ways([follower], cluster.node_ids), CUT)
 
     def cut_behind() -> bool:
         others = filter(None, map(cluster.status, cluster.others(follower)))

@@ -1,4 +1,4 @@
-"""How nodes die between two steps: the round of chaos that needs the points of ``failpoint_server.py``.
+"""How nodes die between two steps: the rounds of chaos that need the points of ``failpoint_server.py``.
 
 The letters are those of the fault model; what a round may do is in ``chaos_stage.py``. Here clients
 and faults meet at a step; that each step is survived by itself is shown by ``test_crash_points.py``.
@@ -45,38 +45,17 @@ INSTALLS: Final = (
 VOTES: Final = ("vote before pwrite", "vote before fdatasync")
 
 
-def crash_step(stage: Stage) -> None:
-    """F10: a node dies between two steps: writes, sends, commits, applies, saves, installs, votes."""
-    cluster = stage.cluster
-    how = stage.rng.choice([_follow, _lead, _save, _install, _vote])
-    victim = stage.one(cluster.secondaries())
-    cluster.kill(victim)
-    how(stage, victim)
-    process = cluster.spawned[victim]
-    try:
-        eventually(lambda: process.poll() is not None, f"{victim} dies", DIES_WITHIN_S)
-    except AssertionError as error:
-        cluster.kill(victim)  # it must not die in another round
-        raise NotDoneError(f"{victim} did not come to that step") from error
-    finally:
-        unfill(stage)
-    assert process.poll() == -signal.SIGKILL, f"{victim} ended with {process.poll()}"
-    stage.hold(0.0, 1.0)
-
-
-def _start_to_die(stage: Stage, victim: str, point: str) -> None:
-    stage.tell(f"{victim} is to die: {point}")
-    stage.cluster.failpoints[victim] = point
-    stage.cluster.start(victim)
-
-
-def _follow(stage: Stage, victim: str) -> None:
+def crash_following(stage: Stage) -> None:
+    """F10: a secondary dies between two steps of writing, answering, committing, applying."""
+    victim = stage.one(stage.cluster.secondaries())
     _start_to_die(stage, victim, f"{stage.one(FOLLOWS)} {stage.rng.randint(1, COUNT_MAX)}")
+    _await_death(stage, victim)
 
 
-def _lead(stage: Stage, victim: str) -> None:
-    """The victim is made the primary, unless it dies before."""
+def crash_leading(stage: Stage) -> None:
+    """F10: a node dies between two steps of sending, committing, answering; it leads, if it gets so far."""
     cluster = stage.cluster
+    victim = stage.one(cluster.secondaries())
     _start_to_die(stage, victim, f"{stage.one(LEADS)} {stage.rng.randint(1, COUNT_MAX)}")
 
     def leads() -> bool:
@@ -90,26 +69,54 @@ def _lead(stage: Stage, victim: str) -> None:
 
     with contextlib.suppress(AssertionError):
         eventually(leads, f"{victim} leads", DIES_WITHIN_S / 2)
+    _await_death(stage, victim)
 
 
-def _save(stage: Stage, victim: str) -> None:
-    """So much is written that the state is saved and the log cut behind it."""
+def crash_saving(stage: Stage) -> None:
+    """F10: a node dies between two steps of saving its state, cutting its log, beginning a segment."""
+    victim = stage.one(stage.cluster.secondaries())
     _start_to_die(stage, victim, stage.one(SAVES))
     refusal = fill(stage, lambda: stage.cluster.spawned[victim].poll() is not None)
     assert refusal is None, str(refusal)
+    _await_death(stage, victim)
+    unfill(stage)
 
 
-def _install(stage: Stage, victim: str) -> None:
+def crash_installing(stage: Stage) -> None:
+    """F6, F10: a follower behind the log dies between two steps of installing a state."""
+    victim = stage.one(stage.cluster.secondaries())
     fall_behind(stage, victim)
+    stage.network.heal()
     _start_to_die(stage, victim, stage.one(INSTALLS))
+    unfill(stage)
+    _await_death(stage, victim)
 
 
-def _vote(stage: Stage, victim: str) -> None:
-    """The primary dies, so that the victim has to vote; then nobody leads for a while."""
+def crash_voting(stage: Stage) -> None:
+    """F10: a node dies between two steps of voting, after the primary has: nobody leads meanwhile."""
     cluster = stage.cluster
+    victim = stage.one(cluster.secondaries())
     _start_to_die(stage, victim, stage.one(VOTES))
     cluster.eventually(lambda: cluster.status(victim), f"{victim} answers")
     cluster.kill(cluster.primary())
-    with contextlib.suppress(AssertionError):
-        eventually(lambda: cluster.spawned[victim].poll() is not None, "", DIES_WITHIN_S)
-    cluster.heal()
+    _await_death(stage, victim)
+
+
+def _start_to_die(stage: Stage, victim: str, point: str) -> None:
+    """Start a node anew that is to die at this step."""
+    stage.tell(f"{victim} is to die: {point}")
+    stage.cluster.kill(victim)
+    stage.cluster.failpoints[victim] = point
+    stage.cluster.start(victim)
+
+
+def _await_death(stage: Stage, victim: str) -> None:
+    """Raises NotDoneError if it does not come to its step; it runs no more in any case."""
+    process = stage.cluster.spawned[victim]
+    try:
+        eventually(lambda: process.poll() is not None, f"{victim} dies", DIES_WITHIN_S)
+    except AssertionError as error:
+        stage.cluster.kill(victim)  # it must not die in another round
+        raise NotDoneError(f"{victim} did not come to that step") from error
+    assert process.poll() == -signal.SIGKILL, f"{victim} ended with {process.poll()}"
+    stage.hold(0.0, 1.0)
