@@ -79,27 +79,59 @@ def test_store_that_answers_before_it_replicates_does_not_pass() -> None:
     shutil.rmtree(result.kept)
 
 
+def broken(directory: Path, module: str, sound: str, flaw: str) -> Path:
+    """A copy of the server, with one line of it changed."""
+    for source in SERVER_SCRIPT.parent.glob("*.py"):
+        shutil.copy(source, directory)
+    path = directory / module
+    text = path.read_text()
+    assert text.count(sound) == 1
+    path.write_text(text.replace(sound, flaw))
+    return directory / SERVER_SCRIPT.name
+
+
+LEASE = ("--read-mode", "lease")
+READ = "if self._lease.is_valid() and core.committed_in_own_term:"
+WAIT = "return self._enabled and self._clock() < self._wait_until_s"
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_store_whose_primary_answers_reads_by_itself_does_not_pass(tmp_path: Path) -> None:
-    """M6: one that has not heard yet that it was replaced answers what it has."""
-    for source in SERVER_SCRIPT.parent.glob("*.py"):
-        shutil.copy(source, tmp_path)
-    node = tmp_path / "raft_node.py"
-    sound = "if self._lease.is_valid() and core.committed_in_own_term:"
-    text = node.read_text()
-    assert text.count(sound) == 1
-    node.write_text(text.replace(sound, "if core.committed_in_own_term:"))
-
+@pytest.mark.parametrize(
+    ("module", "sound", "flaw", "server_args"),
+    [
+        ("raft_node.py", READ, "if core.committed_in_own_term:", ()),
+        ("raft_watch.py", WAIT, "return False", LEASE),
+    ],
+    ids=("M6", "lease-not-waited-for"),
+)
+def test_store_whose_old_primary_answers_reads_does_not_pass(
+    tmp_path: Path, module: str, sound: str, flaw: str, server_args: tuple[str, ...]
+) -> None:
+    """One that has not heard yet that it was replaced answers what it has."""
     result = run(
         FaultClass("unheard", (transfer_unheard,)),
         BROKEN_S,
         SEED,
-        server_script=tmp_path / SERVER_SCRIPT.name,
+        server_args=server_args,
+        server_script=broken(tmp_path, module, sound, flaw),
     )
 
     assert result.verdict == "FAILED", told(result)
     assert any("acknowledged before" in p or "linearizable" in p for p in result.problems)
+    assert result.kept is not None
+    shutil.rmtree(result.kept)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_store_that_syncs_nothing_does_not_pass_when_power_is_lost() -> None:
+    """What a majority acknowledged, and none of it has on its disk, is gone."""
+    (power,) = (fault for fault in CLASSES if fault.name == "power")
+
+    result = run(power, BROKEN_S, SEED, server_args=("--fsync", "no"))
+
+    assert result.verdict == "FAILED", told(result)
     assert result.kept is not None
     shutil.rmtree(result.kept)
 
