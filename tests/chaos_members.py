@@ -14,13 +14,15 @@ from typing import Final
 
 from cluster_manager import ManagerError
 from tests.chaos_disks import fill, unfill
-from tests.chaos_links import INSIDE, Weather
-from tests.chaos_stage import NotDoneError, Stage
+from tests.chaos_links import CLIENT, FAIR, INSIDE, Weather
+from tests.chaos_stage import CUT, NotDoneError, Stage
 from tests.cluster import Answer, LineConnection, eventually
 
 # Less than the election timeout: heartbeats are answered late, but not too late.
 NEWS_LATE_S: Final = 0.6
-UNHEARD_TRIES: Final = 15
+# So long clients are held back, until all that they wrote is on all nodes.
+QUIET_S: Final = (0.1, 0.3)
+UNHEARD_TRIES: Final = 5
 REMOVED_WITHIN_S: Final = 5.0
 # A large value takes so long that the next ones wait, and heartbeats still come in time.
 SLOW_BYTES_PER_S: Final = 150_000
@@ -215,24 +217,28 @@ def transfer_lagging(stage: Stage) -> None:
 def transfer_unheard(stage: Stage) -> None:
     """F13: the leadership is handed over, and who had it hears nothing of that for a while."""
     cluster = stage.cluster
+    clients = stage.between([CLIENT], cluster.node_ids)
 
     def leads(node_id: str) -> bool:
         return (cluster.status(node_id) or {}).get("role") == "PRIMARY"
 
-    # Too early, and the news that the target has the last entry comes late as well, so that it is
-    # not told to stand; too late, and its candidacy is heard.
     for _ in range(UNHEARD_TRIES):
         primary = cluster.primary()
         others = cluster.others(primary)
         target = stage.one(others)
+        # An entry under way would have to reach the target first, and the news that it has would
+        # be late as well.
+        stage.weather("quiet", clients, CUT)
+        stage.hold(*QUIET_S)
+        stage.weather("late", stage.between(others, [primary]), Weather(delay_s=NEWS_LATE_S))
         stage.tell(f"hand over from {primary} to {target}")
         with LineConnection(cluster.address(primary)) as connection:
             connection.send(f"FAILOVER TO {target}")
-            stage.hold(0.0, 0.05)
-            stage.weather("late", stage.between(others, [primary]), Weather(delay_s=NEWS_LATE_S))
             with contextlib.suppress(AssertionError):
                 eventually(partial(leads, target), f"{target} leads", within_s=NEWS_LATE_S / 2)
-            if leads(target) and leads(primary):
+            unheard = leads(target) and leads(primary)
+            stage.weather("clients are back", clients, FAIR)
+            if unheard:
                 stage.tell(f"{target} leads, and {primary} has not heard of it")
                 stage.hold(NEWS_LATE_S, NEWS_LATE_S + 0.5)
                 return
