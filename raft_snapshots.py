@@ -50,6 +50,9 @@ log = logging.getLogger(__name__)
 CHUNK_BYTES: Final = 256 * 1024
 # A state this old is saved even if the log is short: so the next start has little to replay.
 SAVE_INTERVAL_S: Final = 60.0
+# Of that, and of the log that makes a save due: drawn anew for each. Nodes whose logs grow alike would
+# all save at the same moments, and no majority would be free to answer clients meanwhile.
+SAVE_SHARE_MIN: Final = 0.5
 POLL_S: Final = 0.5
 RESEND_S: Final = 3.0
 RETRY_S: Final = 5.0
@@ -247,6 +250,7 @@ class StateKeeper:
         self._saved_index = saved_index
         self._saved_s = time.monotonic()
         self._saved_log_bytes = 0  # what of the log was left after the last save
+        self._save_share = random.uniform(SAVE_SHARE_MIN, 1)
         self.trouble = ""  # why the state can't be saved, for a person; "" if it can
 
     # ---- Any thread, any lock held -------------------------------------------------------------
@@ -446,9 +450,10 @@ class StateKeeper:
         return self._state.open_snapshot()
 
     def _is_save_due(self) -> bool:
-        if self._disk.size_bytes - self._saved_log_bytes > self._log_bytes_max // 2:
+        log_bytes = self._save_share * self._log_bytes_max / 2
+        if self._disk.size_bytes - self._saved_log_bytes > log_bytes:
             return True
-        return time.monotonic() - self._saved_s > SAVE_INTERVAL_S
+        return time.monotonic() - self._saved_s > self._save_share * SAVE_INTERVAL_S
 
     def save(self) -> None:
         """Bring the state file up to date, and let go of the log behind it."""
@@ -475,6 +480,7 @@ class StateKeeper:
             self._saved_index = header.applied_index
             self._drop_log()
         self._saved_log_bytes = self._disk.size_bytes
+        self._save_share = random.uniform(SAVE_SHARE_MIN, 1)
 
     def _drop_log(self) -> None:
         tail = self._disk.tail_start(self._log_bytes_max // 2)

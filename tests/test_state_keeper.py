@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import json
+import random
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -219,6 +220,28 @@ def test_log_behind_a_state_just_installed_is_kept_for_a_while(
     kept.keeper._drop_log()
 
     assert kept.host.dropped == [25]  # the tail is bounded in entries, however small they are
+
+
+def test_saves_of_nodes_whose_logs_grow_alike_are_due_at_different_moments(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If all saved at once, no majority would be free to answer clients meanwhile."""
+    log_bytes = 0
+    monkeypatch.setattr(ReplicationLog, "size_bytes", property(lambda _: log_bytes))
+    monkeypatch.setattr(random, "uniform", lambda low, _: low)
+    kept.keeper.save()
+    due_at = (1 << 20) / 2 * raft_snapshots.SAVE_SHARE_MIN  # of the fixture's log
+
+    log_bytes = int(due_at)
+    assert not kept.keeper._is_save_due()
+    log_bytes += 1
+    assert kept.keeper._is_save_due()
+    monkeypatch.setattr(random, "uniform", lambda _, high: high)
+    kept.keeper.save()
+    log_bytes += int(due_at) + 1
+    assert not kept.keeper._is_save_due(), "another one's save would be due by now"
+    log_bytes += int(due_at)
+    assert kept.keeper._is_save_due()
 
 
 def test_transfers_when_many_followers_need_one_then_few_run_at_a_time(kept: Kept) -> None:
