@@ -436,6 +436,9 @@ class SnapshotWriter:
     def write(self, data: bytes) -> None:
         """The next bytes. Raises OSError."""
         self._file.write(data)
+        self._file.flush()
+        # Piece by piece: to sync all of it in the end would hold up the log for as long as that takes.
+        self._db.sync(self._file.fileno())
         self.received_bytes += len(data)
 
     def finish(self) -> tuple[StateHeader, KeyValueStore]:
@@ -444,7 +447,6 @@ class SnapshotWriter:
         Raises StateDbError if it is not what was sent, or OSError.
         """
         with self._file as file:
-            file.flush()
             failpoint("snapshot-received")
             file.truncate(_check_seal(file.fileno(), self._path))
             self._db.sync(file.fileno())
@@ -476,6 +478,7 @@ class StateDb:
         self._directory = directory
         self._path = directory / "state.db"
         self._fsync = fsync
+        self._synchronous = f"PRAGMA synchronous = {'NORMAL' if fsync else 'OFF'}"
         # Guards the connection. Held during disk I/O, for seconds, and while ``save`` asks for rows,
         # which takes the store lock: who holds that one does not call in here.
         self._lock = threading.Lock()
@@ -540,10 +543,13 @@ class StateDb:
         with self._locked() as connection:
             header = _read_header(connection, self._path, _WHAT_TO_DO)
             try:
+                # It never outlives this process, and to sync it would hold up the log.
+                connection.execute("PRAGMA synchronous = OFF")
                 connection.execute("VACUUM INTO ?", (str(path.absolute()),))
                 failpoint("snapshot-copied")
                 fd = os.open(path, os.O_RDWR)
             finally:
+                connection.execute(self._synchronous)
                 _remove(path)
         try:
             return SnapshotReader(header, fd)
@@ -602,7 +608,7 @@ class StateDb:
                 raise OSError(errno.ENOTSUP, "sqlite can't use a -wal here", str(self._path))
             # NORMAL syncs the -wal before a checkpoint and the database after it. FULL would sync
             # the -wal at each commit too, right before: every save ends with a checkpoint.
-            connection.execute(f"PRAGMA synchronous = {'NORMAL' if self._fsync else 'OFF'}")
+            connection.execute(self._synchronous)
             connection.execute("PRAGMA wal_autocheckpoint = 0")
         except BaseException:
             connection.close()

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext, suppress
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import given, settings
@@ -451,12 +452,32 @@ def test_install_and_create_sync_the_file_then_rename_it_then_sync_the_directory
         calls.clear()
         writer = db.receive_snapshot()
         writer.write(snapshot(db))
+        assert calls == [("fsync", "incoming.db")]  # each piece, for all at once would take long
+        calls.clear()
         writer.finish()
         writer.install()
         assert calls == [("fsync", "incoming.db"), ("incoming.db", "state.db"), ("fsync", "node")]
     calls.clear()
     with closing(StateDb(directory)):
         assert calls == [("fsync", "node")]  # a crash may have come just before the last one
+
+
+def test_open_snapshot_when_it_is_done_then_saves_are_synced_as_before(
+    tmp_path: Path, store: KeyValueStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copy is not synced, for it does not outlive the process; the state is, also if that fails."""
+    with closing(StateDb(tmp_path)) as db:
+        flush(store, db)
+        db.open_snapshot().close()
+        assert db._connection.execute("PRAGMA synchronous").fetchone() == (1,)
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="no more files"):
+            patch.setattr(os, "open", _no_more_files)
+            db.open_snapshot()
+        assert db._connection.execute("PRAGMA synchronous").fetchone() == (1,)
+
+
+def _no_more_files(*_: object) -> NoReturn:
+    raise OSError(errno.EMFILE, "no more files")
 
 
 # ---- Disks that fail ---------------------------------------------------------------------------
