@@ -215,7 +215,9 @@ class Simulation(World):
         self._send_away()
         self._wait(LEADER_TIMEOUTS, self._is_led, "no leader")
         self.clients.ask_each([server.name for server in self._present()])
-        self._wait(ANSWER_TIMEOUTS, lambda: self.clients.have_answers, "no answers")
+        # A follower without whom there is no majority may have to take what it lacks first.
+        more_ticks = 2 * self._entries_behind()
+        self._wait(ANSWER_TIMEOUTS, lambda: self.clients.have_answers, "no answers", more_ticks)
         self.counts["lulls"] += 1
         self.counts["lulls of a mere majority"] += bool(self.away)
         self.run_until(self.now + self.lull_ticks)
@@ -260,11 +262,13 @@ class Simulation(World):
         """I15: soon a leader; then every learner has its vote or stays one, all logs are equal and
         applied, and who was removed has heard it."""
         self._wait(LEADER_TIMEOUTS, self._is_led, "no leader")
-        # Where each entry is a message of its own, and one at a time, catching up takes longer.
         self._wait(REST_TIMEOUTS, self._is_at_rest, "not at rest", 2 * self._entries_behind())
 
     def _entries_behind(self) -> int:
-        """Of the longest log, how much somebody lacks."""
+        """Of the longest log, how much somebody lacks.
+
+        Where each is a message of its own, and one at a time, catching up takes longer.
+        """
         logs = [server.log for server in self.servers.values()]
         longest = max(logs, key=len)
         shared = [
