@@ -40,7 +40,7 @@ from tests.raft_servers import SimDisk, SimState, StoredRows
 from tests.sim_cluster import SimServer, Simulation
 from tests.simulator import BROKEN, first_violation, run
 
-SEEDS = range(100)
+SEEDS = range(200)
 MUTANT_SEEDS = range(200)  # until the first that shows it; 100 are enough today
 
 # What a history must be able to do to a cluster; a sum of 0 would mean that nothing tests it.
