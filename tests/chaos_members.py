@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -55,17 +55,21 @@ def members(stage: Stage) -> None:
 
 def _add(stage: Stage, node_id: str) -> None:
     """As soon as it is let in."""
-    cluster = stage.cluster
+    _until_done(stage, "add", stage.cluster.manager.add, node_id)
 
-    def add() -> bool:
+
+def _until_done(stage: Stage, what: str, change: Callable[..., None], node_id: str) -> None:
+    """Ask the manager for this change of a node until it is not refused."""
+
+    def is_done() -> bool:
         try:
-            cluster.manager.add(node_id, report=stage.tell)
+            change(node_id, report=stage.tell)
         except ManagerError as error:
-            stage.tell(f"add {node_id} refused: {error}")
+            stage.tell(f"{what} {node_id} refused: {error}")
             return False
         return True
 
-    cluster.eventually(add, f"{node_id} is added")
+    stage.cluster.eventually(is_done, f"{what} {node_id}")
 
 
 def _elected(stage: Stage, dead: str) -> str:
@@ -134,16 +138,7 @@ def replace(stage: Stage) -> None:
     cluster.kill(lost)
     shutil.rmtree(cluster.node(lost).directory)
     _elected(stage, lost)
-
-    def replaced() -> bool:
-        try:
-            cluster.manager.replace(lost, report=stage.tell)
-        except ManagerError as error:
-            stage.tell(f"replace {lost} refused: {error}")
-            return False
-        return True
-
-    cluster.eventually(replaced, f"{lost} is replaced")
+    _until_done(stage, "replace", cluster.manager.replace, lost)
 
 
 def transfer(stage: Stage) -> None:
