@@ -106,9 +106,8 @@ class RaftCore:
         self.log = log
         self._rng = rng
         # Persistent (paper figure 2). Changes leave through ``ready`` before any message does.
-        # A state may have come in a term that a crash kept from being saved. No vote was given in it.
-        self.term = max(hard_state.term, log.last_term)
-        self.voted_for = hard_state.voted_for if self.term == hard_state.term else None
+        assert log.last_term <= hard_state.term, "a log of a term that nobody has heard of"
+        self.term, self.voted_for = hard_state
         self._saved_hard_state = hard_state
         self._memberships = MembershipLog(member_id, memberships)
         self.membership = self._memberships.latest

@@ -160,7 +160,8 @@ def restore_backup(path: Path, disk: ReplicationLog, state: StateDb) -> StateHea
 
 def found_cluster(disk: ReplicationLog, founder: Member) -> None:
     """Make ``founder`` the only member of a new cluster, whatever its state says of members."""
-    term = max(1, disk.term_at(disk.last_index))
+    # A restore that was interrupted may have been of a later term.
+    term = max(1, disk.hard_state.term)
     membership = Membership((founder,)).encode()
     entry = Entry(disk.last_index + 1, term, EntryKind.MEMBERSHIP, membership)
     disk.append(HardState(term, None), [entry])

@@ -497,6 +497,7 @@ _OWN = (
         "        if self._own[0] == index and self._own[1] != state_hash:\n",
         "        if self._own[0] == index and not state_hash:\n",
         (
+            SIMULATION,
             "tests/test_raft_node.py::test_audit_when_a_secondarys_state_differs_then_it_stops_serving_and_says_so",
         ),
     ),
@@ -546,6 +547,7 @@ _OWN = (
         "        return self._enabled and self._clock() < self._wait_until_s\n",
         "        return False\n",
         (
+            SIMULATION,
             "tests/test_raft_node.py::test_lease_when_a_new_leader_is_elected_then_it_waits_until_the_old_lease_has_run_out",
         ),
     ),
@@ -656,6 +658,7 @@ _OWN = (
         "    FRACTION = 0.8\n",
         "    FRACTION = 3.0\n",
         (
+            SIMULATION,
             "tests/test_raft_watch.py::test_lease_runs_from_the_begin_of_the_round_that_a_majority_answered",
         ),
     ),
@@ -667,6 +670,7 @@ _OWN = (
         "            self._valid_until_s = began_s +",
         "            self._started.popleft()\n            self._valid_until_s = self._clock() +",
         (
+            SIMULATION,
             "tests/test_raft_watch.py::test_lease_runs_from_the_begin_of_the_round_that_a_majority_answered",
         ),
     ),
@@ -764,6 +768,62 @@ _OWN = (
         (
             "tests/test_raft_core_transfer.py::test_target_is_told_when_the_leaders_own_disk_completes_the_majority",
         ),
+    ),
+    Mutant(
+        "record-checksum-unchecked",
+        "a record of the log is believed without its checksum",
+        "replication_log_format.py",
+        "            if crc32(payload) != payload_crc:\n                raise _judge_payload",
+        "            if len(payload) != length:\n                raise _judge_payload",
+        (
+            SIMULATION,
+            "tests/test_replication_log_damage.py::test_open_when_a_torn_tail_is_cut_then_nothing_of_it_stays_behind_later_records",
+        ),
+    ),
+    Mutant(
+        "torn-taken-for-damage",
+        "a last record that lacks a sector stops the node",
+        "replication_log_format.py",
+        "            if _is_zero(payload[at : at + SECTOR_BYTES]):\n"
+        "                return TornRecordError",
+        "            if not payload:\n                return TornRecordError",
+        (
+            SIMULATION,
+            "tests/test_replication_log_damage.py::test_open_when_a_sector_of_the_last_record_is_unwritten_then_it_is_cut",
+        ),
+    ),
+    Mutant(
+        "audit-mixes-questions",
+        "a state hash counts for whichever index is asked about now",
+        "raft_audit.py",
+        "        if report.applied_index != index:\n"
+        "            return []  # to an older question\n",
+        "",
+        (SIMULATION,),
+    ),
+    Mutant(
+        "audit-finds-no-majority",
+        "a leader stops as soon as one answer differs",
+        "raft_audit.py",
+        "        if all(voter in self._answers for voter in membership.voters):\n",
+        "        if self._answers:\n",
+        (SIMULATION,),
+    ),
+    Mutant(
+        "audit-stops-the-leader-too",
+        "a leader that finds another's state to differ stops serving as well",
+        "raft_audit.py",
+        "                self._judge(index, value)\n                names",
+        '                self._stop_serving("mistrust", "")\n                names',
+        (SIMULATION,),
+    ),
+    Mutant(
+        "verdict-at-any-index",
+        "a verdict is held against the last hash, of whatever index it was",
+        "raft_audit.py",
+        "        if self._own[0] == index and self._own[1] != state_hash:\n",
+        "        if self._own[1] != state_hash:\n",
+        (SIMULATION,),
     ),
 )
 

@@ -13,12 +13,13 @@ import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from kv_commands import decode_payload
 from kv_store import Flush, KeyRow, KeyValueStore, SessionRow, Slice, Table
 from raft_core import RaftCore
 from raft_log import WINDOW_BYTES_MAX, RaftLog, entry_bytes
+from raft_snapshots import fit_log
 from raft_types import (
     AppendEntries,
     AppendReply,
@@ -42,6 +43,7 @@ from raft_types import (
     VoteReply,
     VoteRequest,
 )
+from replication_log import ReplicationLog
 
 CONFIG = RaftConfig(heartbeat_ticks=3, election_ticks_min=10, election_ticks_max=20)
 
@@ -167,15 +169,26 @@ class SimDisk:
         entries: Sequence[Entry],
         log_base: tuple[int, int] | None = None,
     ) -> None:
-        """Synced; an entry replaces the one of its index and everything after it."""
+        """A Ready, synced."""
         if log_base is not None:
-            self.reset(log_base)
+            # First, for the log can't begin in a term that it has not heard of.
+            self.append(hard_state, ())
+            self.reset(*log_base)
+            hard_state = None
+        self.append(hard_state, entries)
+
+    def append(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
+        """An entry replaces the one of its index and everything after it."""
         if hard_state is not None:
-            assert hard_state.term >= self.hard_state.term
+            term, voted_for = self.hard_state
+            assert hard_state.term >= term
+            is_second = hard_state.term == term and voted_for not in (None, hard_state.voted_for)
+            assert not is_second, f"a second vote in term {term}"
             self.hard_state = hard_state
         for entry in entries:
             place = entry.index - self.base[0] - 1
             assert 0 <= place <= len(self.entries), "a gap in the log"
+            assert self.term_at(entry.index - 1) <= entry.term <= self.hard_state.term
             del self.entries[place:]
             self.entries.append(entry)
 
@@ -204,10 +217,11 @@ class SimDisk:
             del self.entries[: first - self.base[0] - 1]
             self.base = (last.index, last.term)
 
-    def reset(self, base: tuple[int, int]) -> None:
-        """Empty the log; it begins after the base."""
-        assert base[0] <= self.state.snapshot.index, "T37: the log goes before the state has it"
-        self.base, self.entries = base, []
+    def reset(self, index: int, term: int) -> None:
+        """Empty the log; it begins after that entry."""
+        assert index <= self.state.snapshot.index, "T37: the log goes before the state has it"
+        assert term <= self.hard_state.term, "a log of a term that nobody has heard of"
+        self.base, self.entries = (index, term), []
 
     def start(
         self,
@@ -219,9 +233,8 @@ class SimDisk:
         window_bytes_max: int = WINDOW_BYTES_MAX,
     ) -> RaftCore:
         """A server that starts from this disk, with its newest ``tail_count`` entries in memory."""
-        index, term, members, membership_index = self.state.snapshot
-        if not self._log_holds_state():
-            self.reset((index, term))
+        index, _, members, membership_index = self.state.snapshot
+        fit_log(cast(ReplicationLog, self), self.state.snapshot)
         count = len(self.entries)
         tail = self.entries[max(0, count - tail_count) if tail_count is not None else 0 :]
         changes = [
@@ -240,6 +253,24 @@ class SimDisk:
         memberships = [(membership_index, members), *(c for c in changes if c[0] > index)]
         return RaftCore(
             member_id, config, log, self.hard_state, memberships, rng, commit_index=index
+        )
+
+    # ---- As fit_log sees it ----
+
+    @property
+    def first_index(self) -> int:
+        """Of the entries."""
+        return self.base[0] + 1
+
+    @property
+    def last_index(self) -> int:
+        """Of the entries; that of the base if there are none."""
+        return self.base[0] + len(self.entries)
+
+    def term_at(self, index: int) -> int:
+        """Of an entry, or of the base."""
+        return (
+            self.base[1] if index == self.base[0] else self.entries[index - self.base[0] - 1].term
         )
 
     # ---- What a test wants to know ----

@@ -440,6 +440,13 @@ class Clients:
         if server is None:
             self._refuse(request, None)  # nobody listens there
         elif not cluster.sleeps(server, self.serve, name, request):
+            if server.audit.trouble:
+                self._refuse(request, None)
+                return
+            if server.core.role is Role.LEADER and server.lease.must_wait():
+                self.counts["old leases waited for"] += 1
+                self._refuse(request, name)
+                return
             try:
                 self._take_on(server, request)
             except (NotLeaderError, TransferUnderWayError, TooMuchUncommittedError) as error:
@@ -451,6 +458,10 @@ class Clients:
     def _take_on(self, server: SimServer, request: Request) -> None:
         request.term = server.core.term
         if request.argv[0] == b"GETS":
+            if server.lease.is_valid() and server.core.committed_in_own_term:
+                self.cluster.invariants.on_lease_read(server)
+                self._read_at(server, request, server.core.commit_index)
+                return
             token = next(self._numbers)
             server.core.read_index(token)
             self.cluster.invariants.on_read_asked(token)
@@ -489,6 +500,7 @@ class Clients:
         request = desk.writes.pop(entry.index, None)
         if request is not None:
             assert request.term == entry.term, "T33: another's entry"
+            self.cluster.invariants.on_served(entry.index)
             self._answer(request, reply, entry.index)
         purge = desk.purges.pop(entry.index, None)
         if purge is not None:
@@ -502,6 +514,9 @@ class Clients:
         request = server.desk.reads.pop(token, None)
         assert request is not None, "T48: its client was told that it was not done"
         assert request.term == server.core.term and server.core.role is Role.LEADER, "T48"
+        self._read_at(server, request, index)
+
+    def _read_at(self, server: SimServer, request: Request, index: int) -> None:
         if index > server.applied_index:
             server.desk.reads_at.append((index, request))
         else:
@@ -517,6 +532,7 @@ class Clients:
                 is_there == (reply is not None),
                 f"G5: {server.name} tells another story of {request.argv[1]!r} than the log",
             )
+            self.cluster.invariants.on_served(server.applied_index)
             self._answer(request, reply, 0)
         except ExpiredKeysError as expired:
             try:

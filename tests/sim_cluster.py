@@ -6,7 +6,8 @@ Rule 3: the driver's part is played as ``raft_node.py`` plays it, each of its th
 
 A run is storms (``sim_faults.py``) with lulls between them, in which a majority must answer whatever
 became of the others; then calm, in which the cluster must come to rest and every client get its
-answers; then one follower cut off and returned, and leaders lost one after another.
+answers; then one follower cut off and returned, one whose state differs found out, a leader with a
+lease mistaken for dead, and leaders lost one after another.
 
 Started by ``simulator.py``. Chance and time: ``sim_world.py``. Links: ``sim_network.py``. Who comes
 and goes: ``sim_members.py``. Who asks: ``sim_clients.py``.
@@ -14,6 +15,7 @@ and goes: ``sim_members.py``. Who asks: ``sim_clients.py``.
 
 from __future__ import annotations
 
+import logging
 import operator
 import random
 from collections import Counter
@@ -23,12 +25,14 @@ from itertools import chain, islice
 
 from kv_store import Flush, Slice
 from kv_types import Reply
+from raft_audit import StateAudit
 from raft_core import RaftCore
 from raft_types import (
     EntriesOnDisk,
     Entry,
     EntryKind,
     HardState,
+    HashReport,
     MemberId,
     Membership,
     Message,
@@ -41,13 +45,19 @@ from raft_types import (
     SnapshotOutcome,
     SnapshotReply,
 )
+from raft_watch import Lease
 from tests.raft_servers import Receiving, Sending, SimDisk, SimState, describe, membership
+from tests.sim_audit import Audits
 from tests.sim_clients import WORKLOADS, Clients, Desk
 from tests.sim_faults import FAULTS, Faults
 from tests.sim_invariants import Invariants, Watched
 from tests.sim_members import Members
 from tests.sim_network import Network
 from tests.sim_world import CALM, NUISANCES, SimClock, World
+from tests.torn_writes import is_torn
+
+# Its warnings are nobody's here: the trace tells the same.
+logging.getLogger("raft_snapshots").addHandler(logging.NullHandler())
 
 STEPS = 8000
 # What can be left out of a history.
@@ -65,11 +75,13 @@ LEAVING_TICKS = 30
 CHUNK_RETRIES_MAX = 5
 
 
-def _config(rng: random.Random) -> RaftConfig:
+def _config(rng: random.Random, *, reads_by_lease: bool) -> RaftConfig:
+    # Under a long lease, another can be elected whom the old leader does not hear of.
+    timeout_ticks = rng.choice(((10, 20), (30, 40))) if reads_by_lease else (10, 20)
     return RaftConfig(
         heartbeat_ticks=3,
-        election_ticks_min=10,
-        election_ticks_max=20,
+        election_ticks_min=timeout_ticks[0],
+        election_ticks_max=timeout_ticks[1],
         dead_leader_ticks=5,
         dead_leader_vote_ticks=6,
         append_bytes_max=rng.choice((1, 150, 1000)),  # 1: an entry a message
@@ -91,11 +103,18 @@ class SimServer(Watched):
     """A server from its start to its crash, with the driver's threads as events."""
 
     def __init__(
-        self, name: MemberId, core: RaftCore, disk: SimDisk, clock: SimClock, tick_length: float
+        self,
+        name: MemberId,
+        core: RaftCore,
+        disk: SimDisk,
+        clock: SimClock,
+        tick_length: float,
+        lease: Lease,
     ) -> None:
         super().__init__(name, core, disk)
         self.clock = clock
         self.tick_length = tick_length  # its clock may be fast or slow
+        self.lease = lease
         self.desk = Desk()
         self.up = True
         self.asleep_until = 0.0  # as under SIGSTOP
@@ -112,7 +131,9 @@ class SimServer(Watched):
         self.saving: Flush | None = None
         self.disk_hangs_until = 0.0
         self.writing_ticks = 0
-        self.is_distrusted = False  # its state machine differs from the others'
+        self.audit = StateAudit(name)
+        self.next_audit = 0.0
+        self.lie = 0  # by which its state hash differs from what it should be
         self.upkeep_ticks = 0
         self.is_leaving = False  # it has heard that it was removed
         self.lonely_ticks = 0  # since it knew a leader
@@ -131,7 +152,8 @@ class Simulation(World):
     ) -> None:
         """``nodes``: founders, else as chance will; ``without``: of ``KINDS``, what never comes."""
         super().__init__(seed, trace, without)
-        self.config = _config(self.rng)
+        self.reads_by_lease = self.chance(0.3)
+        self.config = _config(self.rng, reads_by_lease=self.reads_by_lease)
         self.window_bytes_max = self.rng.choice((0, 600, 100_000))
         self.save_ticks = self.rng.choice((4, 15, 60, 1e9))  # the mean time between states saved
         # That a state is sent to who has just started, whether it needs it or not.
@@ -147,14 +169,18 @@ class Simulation(World):
         self.retired: set[MemberId] = set()  # who is removed, and has ended
         self.invariants = Invariants(self, self.names, self.counts)
         self.storm_steps = self.rng.choice((500, 1000, 2000))
-        # Of what runs well the ticks are equally long, or nearly so.
+        # Of what runs well the ticks are equally long, or nearly so. A lease counts on that, always.
         self.good_lengths = self.rng.choice(((1.0,), (0.8, 1.0, 1.25)))
+        if self.reads_by_lease:
+            self.good_lengths = (0.9, 1.0, 1.1)
         self.lull_ticks = self.rng.choice((10, 40, 80))  # that clients have once there are answers
         self.away: set[MemberId] = set()  # who takes no part in a lull
+        self.last_arrival = 0.0  # when the last message that is under way arrives
         self.network = Network(self, self._on_mended)
         self.members = Members(self, "joins" not in without)
         self.clients = Clients(self, without)
         self.faults = Faults(self, without)
+        self.audits = Audits(self)
 
     # ---- What the invariants ask ----
 
@@ -186,6 +212,8 @@ class Simulation(World):
         self._settle()
         self.clients.check()
         self._cut_off_and_return()
+        self._find_who_differs()
+        self._mistake_for_dead()
         self._lose_leaders()
         self.invariants.check_timeouts()
         self.counts["steps"] = self.steps
@@ -196,14 +224,15 @@ class Simulation(World):
         self.say("the storm ends")
         self.weather = CALM
         self.network.heal()
-        for name in self.disks.keys() - self.away:
+        for name in sorted(self.disks.keys() - self.away):
             server = self.servers.get(name)
-            if server is not None and server.is_distrusted:
-                self.crash(server)  # only a restart brings a distrusted state machine back
+            if server is not None and (server.lie or server.audit.trouble):
+                self.crash(server)  # only a restart mends a state
             self.restart(name)
         for server in self._present():
             server.disk_hangs_until = 0
-            server.tick_length = self.rng.choice(self.good_lengths)
+            if not self.reads_by_lease:
+                server.tick_length = self.rng.choice(self.good_lengths)
         for server in self._present():
             self._connect(server, 1)
 
@@ -213,7 +242,9 @@ class Simulation(World):
         self._calm_down()
         self.faults.hand_over_to_one_of(self.away)
         self._send_away()
-        self._wait(LEADER_TIMEOUTS, self._is_led, "no leader")
+        # What a leader has sent who is gone may still arrive, and keep its followers quiet.
+        under_way_ticks = max(0, self.last_arrival - self.now)
+        self._wait(LEADER_TIMEOUTS, self._is_led, "no leader", under_way_ticks)
         self.clients.ask_each([server.name for server in self._present()])
         # A follower without whom there is no majority may have to take what it lacks first.
         more_ticks = 2 * self._entries_behind()
@@ -240,7 +271,7 @@ class Simulation(World):
 
     def _send_away(self) -> None:
         for name in sorted(self.away):
-            server, others = self.servers.get(name), self.disks.keys() - {name}
+            server, others = self.servers.get(name), sorted(self.disks.keys() - {name})
             if server is None:
                 continue
             way = self.rng.choice(("down", "alone", "deaf", "mute"))
@@ -277,7 +308,7 @@ class Simulation(World):
         return len(longest) - min(shared)
 
     def _wait(
-        self, timeouts: int, reached: Callable[[], bool], otherwise: str, more_ticks: int = 0
+        self, timeouts: int, reached: Callable[[], bool], otherwise: str, more_ticks: float = 0
     ) -> None:
         limit = self.now + timeouts * self.config.election_ticks_max + more_ticks
         while not reached():
@@ -331,6 +362,45 @@ class Simulation(World):
         held = leader.core.role is Role.LEADER and leader.core.term == term
         self.invariants.require(held, "I16: a returning follower cost the leader its leadership")
 
+    def _find_who_differs(self) -> None:
+        """G6: one whose state differs from a majority's is found, and serves no more."""
+        (leader,) = self.leaders()
+        server = self.rng.choice([*self.servers.values()])
+        if not leader.core.membership.has_quorum(self.servers.keys() - {server.name}):
+            return
+        self.audits.lie(server)
+        self._wait(REST_TIMEOUTS, lambda: bool(server.audit.trouble), "G6: a difference stays")
+        stopped = [other.name for other in self.servers.values() if other.audit.trouble]
+        self.invariants.require(stopped == [server.name], f"G6: {stopped} serve no more")
+        finding = f"the state of {server.name} differs"
+        is_named = leader.audit.finding.startswith(finding) or leader not in self.leaders()
+        self.invariants.require(is_named, f"G6: {leader.audit.finding!r}, not {finding!r}")
+        self._wait(REST_TIMEOUTS, lambda: not server.up, "it was not restarted")
+        self._settle()
+        self.counts["differing states found in the calm"] += 1
+
+    def _mistake_for_dead(self) -> None:
+        """Thesis 6.4.1: another is elected at once, and the old leader, which does not hear of it, is
+        asked on; its lease must have run out before the other shows anything to a client."""
+        (leader,) = self.leaders()
+        others = sorted(self.servers.keys() - {leader.name})
+        if not (self.reads_by_lease and leader.core.membership.has_quorum(others)):
+            return
+        timeout_ticks = self.config.election_ticks_max
+        self.weather = CALM._replace(slow=0.2, slow_ticks=self.config.election_ticks_min)
+        self.run_until(self.now + timeout_ticks)  # so that answers to the leader are under way
+        self.network.isolate(leader.name, others, 2 * timeout_ticks)
+        for name in others:
+            self.hear_of_death(self.servers[name], leader.name)
+        for name in sorted(self.servers):
+            for ticks in range(2 * timeout_ticks):
+                self.clients.ask_at_once(name, ticks)
+        self.run_until(self.now + 2 * timeout_ticks)
+        self.weather = CALM
+        self.heal()
+        self._settle()
+        self.counts["leaders mistaken for dead"] += 1
+
     def _lose_leaders(self) -> None:
         """I15: one after another is gone, and soon there is the next, though all logs are equal."""
         for _ in range(LEADERS_LOST):
@@ -360,9 +430,13 @@ class Simulation(World):
             tail_count=self.rng.choice((0, 3, 1000)),
             window_bytes_max=self.window_bytes_max,
         )
-        lengths = self.good_lengths if self.weather is CALM else (1, 1, 1, 0.8, 1.25, 0.5, 2)
+        are_good = self.reads_by_lease or self.weather is CALM
+        lengths = self.good_lengths if are_good else (1, 1, 1, 0.8, 1.25, 0.5, 2)
         clock, tick_length = SimClock(self.rng), self.rng.choice(lengths)
-        server = self.servers[name] = SimServer(name, core, disk, clock, tick_length)
+        lease = Lease(
+            self.reads_by_lease, self.config.election_ticks_min, lambda: self.now / tick_length
+        )
+        server = self.servers[name] = SimServer(name, core, disk, clock, tick_length, lease)
         self.invariants.on_start(server)
         held = f"{core.log.first_index}..{core.log.last_index}"
         self.say(f"{name} starts in term {core.term}, state at {core.commit_index}, log {held}")
@@ -404,6 +478,7 @@ class Simulation(World):
             server.upkeep_ticks += 1
             if server.upkeep_ticks % self.upkeep_ticks == 0:
                 self.clients.do_upkeep(server)
+            self.audits.compare(server)
             self.after(server)
             self.at(server.tick_length, self._tick, server)
 
@@ -412,7 +487,7 @@ class Simulation(World):
         core = server.core
         server.writing_ticks = server.writing_ticks + 1 if core.is_writing else 0
         hangs = server.writing_ticks > self.config.election_ticks_min
-        core.may_campaign = not (hangs or server.is_distrusted)
+        core.may_campaign = not (hangs or server.audit.trouble)
         if hangs:
             self.counts["way given for a disk"] += core.role is Role.LEADER
             core.give_way()
@@ -426,6 +501,9 @@ class Simulation(World):
                 self.counts["steps down"] += 1
             if server.role is Role.LEADER:
                 self.clients.leadership_lost(server)
+            elif core.role is Role.LEADER:
+                server.lease.begin()
+        server.lease.follow(core)
         self.invariants.observe(server)
         if core.is_removed and not server.is_leaving:
             server.is_leaving = True
@@ -587,7 +665,8 @@ class Simulation(World):
             return
         self.at(self.pause(self.save_ticks), self._save, server)
         index = server.applied_index
-        if index > server.disk.state.snapshot.index and not (server.saving or server.installing):
+        is_due = index > server.disk.state.snapshot.index and not server.audit.trouble
+        if is_due and not (server.saving or server.installing):
             membership_index, members = server.core.membership_at(index)
             snapshot = Snapshot(index, server.core.log.term_at(index), members, membership_index)
             state = SimState(snapshot, tuple(server.applied))
@@ -752,7 +831,14 @@ class Simulation(World):
             copies = 2
             self.counts["duplicated"] += 1
         for _ in range(copies):
-            self.at(self.delay(), self._deliver, message)
+            delay = self.delay()
+            self.last_arrival = max(self.last_arrival, self.now + delay)
+            self.at(delay, self._deliver, message)
+
+    def send_reports(self, server: SimServer, reports: Iterable[HashReport]) -> None:
+        """Those that compare states, which promise nothing."""
+        for report in reports:
+            self._send(server, report)
 
     def _deliver(self, message: Message) -> None:
         server = self.servers.get(message.to)
@@ -760,6 +846,10 @@ class Simulation(World):
             return
         if self.tracing:
             self.say(describe(message))
+        if isinstance(message, HashReport):
+            self.audits.on_report(server, message)
+            self.after(server)
+            return
         self.invariants.before_step(server, message)
         server.core.step(message)
         if isinstance(message, SnapshotChunk):
@@ -800,25 +890,39 @@ class Simulation(World):
         del self.servers[server.name]
         if server.installing:
             self.counts[f"crash with {server.installing}"] += 1
-        fate = "nothing"
-        if (ready := server.unsynced) is not None:
-            fate, kept = self.rng.choice(
-                (
-                    ("lost", 0),
-                    ("kept in part", self.rng.randint(0, len(ready.entries))),
-                    ("kept", len(ready.entries)),
-                )
-            )
-            if fate != "lost":
-                server.disk.write(ready.hard_state, ready.entries[:kept], ready.log_base)
-            elif ready.log_base and self.chance(0.5):
-                server.disk.reset(ready.log_base)  # the first step was done
-            self.counts[f"write {fate}"] += 1
-            self.counts["crash with a log to empty"] += ready.log_base is not None
+        fate = "nothing" if server.unsynced is None else self._lose_power(server, server.unsynced)
         self.say(f"{server.name} crashes; of what was not synced: {fate}")
         for other in self.servers.values():
             if self.chance(self.weather.evidence):
                 self.at(self.rng.uniform(0.1, 5), self.hear_of_death, other, server.name)
+
+    def _lose_power(self, server: SimServer, ready: Ready) -> str:
+        """What was written and not synced is on the disk now, or not, or in part; which of them."""
+        disk = server.disk
+        hard_state, entries = ready.hard_state, ready.entries
+        if ready.log_base is not None:
+            self.counts["crash with a log to empty"] += 1
+            done = self.rng.randrange(3)  # of the driver's steps, of which a reset is the second
+            if done > 0:
+                disk.append(hard_state, ())
+            if done > 1:
+                disk.reset(*ready.log_base)
+            hard_state = hard_state if done == 0 else None
+            entries = entries if done > 1 else ()
+        if hard_state is None and not entries:
+            return "nothing"
+        fate = self.rng.choice(("lost", "kept in part", "kept", "torn"))
+        if fate == "torn":
+            # One record, which the log's reader must find to be whole or torn, and never damaged.
+            if not is_torn((hard_state, entries), self.rng):
+                fate = "torn, but whole"
+                disk.append(hard_state, entries)
+        elif fate != "lost":
+            # Of a long write, the first records.
+            kept = len(entries) if fate == "kept" else self.rng.randint(0, len(entries))
+            disk.append(hard_state, entries[:kept])
+        self.counts[f"write {fate}"] += 1
+        return fate
 
     def hear_of_death(self, server: SimServer, dead: MemberId) -> None:
         """The server has evidence, right or wrong, that the other's process is gone."""

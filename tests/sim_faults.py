@@ -27,7 +27,7 @@ FAULTS = {  # with how often each comes, compared with the others
     "cut": 4,
     "heal": 8,
     "mistake": 2,
-    "distrust": 1,
+    "differ": 1,
     "pause": 4,
     "stall": 2,
     "clock": 1,
@@ -52,7 +52,7 @@ class Faults:
             "cut": self._cut,
             "heal": cluster.heal,
             "mistake": self._mistake_for_dead,
-            "distrust": self._distrust,
+            "differ": self._differ,
             "pause": self._pause_one,
             "stall": self._stall_disk,
             "clock": self._set_clock,
@@ -118,13 +118,12 @@ class Faults:
             if server.core.leader_id is not None:
                 self._cluster.hear_of_death(server, server.core.leader_id)
 
-    def _distrust(self) -> None:
-        server = self._some_server()
-        if server is not None:
-            self._cluster.say(f"{server.name} must lead no more")
-            server.is_distrusted = True
-            server.core.step_down()
-            self._cluster.after(server)
+    def _differ(self) -> None:
+        """The state of one or two is not what the log makes of it."""
+        for _ in range(self._cluster.rng.choice((1, 1, 2))):
+            server = self._some_server()
+            if server is not None:
+                self._cluster.audits.lie(server)
 
     def _pause_one(self) -> None:
         """A leader that sleeps while another is elected, and wakes up believing it leads."""

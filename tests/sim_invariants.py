@@ -36,6 +36,7 @@ from raft_types import (
     AppendReply,
     Entry,
     EntryKind,
+    HashReport,
     MemberId,
     Membership,
     Message,
@@ -149,6 +150,7 @@ class Invariants:
         self._hashes: dict[int, int] = {}  # of the state after each entry
         self._timeouts_ticks: list[int] = []  # as drawn by whoever has just begun to stand
         self._reads: dict[int, int] = {}  # committed anywhere when it was asked, by token
+        self._served_index = 0  # the furthest that any client may have seen
 
     @staticmethod
     def require(holds: bool, broken: str) -> None:
@@ -325,6 +327,8 @@ class Invariants:
 
     def on_send(self, server: Watched, message: Message) -> None:
         """A message leaves, so what it promises must be on disk at this instant (I9)."""
+        if isinstance(message, HashReport):
+            return  # which promises nothing
         saved = server.disk.hard_state
         asks = isinstance(message, VoteRequest | VoteReply) and message.pre_vote
         self.require(
@@ -473,3 +477,19 @@ class Invariants:
             f"thesis 6.4: a read at {read_index} misses a write committed at {asked_at} before it",
         )
         self.counts["reads"] += 1
+
+    def on_served(self, index: int) -> None:
+        """A client gets an answer that shows the state as it was at this index, or later."""
+        self._served_index = max(self._served_index, index)
+
+    def on_lease_read(self, server: Watched) -> None:
+        """A leader allows a read by itself.
+
+        It may miss what the next leader has committed, as long as that one has shown it to nobody.
+        """
+        self.require(
+            server.core.commit_index >= self._served_index,
+            f"thesis 6.4.1: {server.name} reads at {server.core.commit_index} by its lease, "
+            f"though {self._served_index} was seen",
+        )
+        self.counts["reads by lease"] += 1

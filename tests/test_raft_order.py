@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kv_store import Flush, KeyValueStore, Slice
-from raft_snapshots import StateKeeper, fit_log
+from raft_snapshots import StateKeeper, fit_log, found_cluster, restore_backup
 from raft_transport import PeerLink
 from raft_types import (
     AppendReply,
@@ -29,7 +29,8 @@ from raft_types import (
 from replication_log import ReplicationLog
 from state_db import StateDb, StateHeader
 from tests.log_files import VOTE, entry, open_log
-from tests.states import open_db, snapshot, state, write
+from tests.raft_servers import member
+from tests.states import TERM, flush, open_db, snapshot, state, write, write_lines
 from tests.trio import QUICK, Server, Trio
 
 
@@ -125,6 +126,25 @@ def test_log_when_the_state_is_of_a_later_term_then_it_begins_anew_in_that_term(
         assert (log.first_index, log.last_index, log.term_at(6)) == (7, 6, 3)
         assert log.hard_state == HardState(3, None)
         assert not fit_log(log, Snapshot(6, 3, Membership(), 0))
+
+
+def test_restore_when_one_of_a_later_term_was_interrupted_then_an_older_backup_can_be_taken(
+    tmp_path: Path,
+) -> None:
+    """No term may come again, and the founder's entry is of the one that was reached."""
+    store, backup = KeyValueStore(), tmp_path / "backup"
+    write_lines(store, "SET k v")
+    with open_db(tmp_path) as db:
+        flush(store, db)
+        backup.write_bytes(snapshot(db))
+    with open_log(tmp_path) as log, open_db(tmp_path) as db:
+        log.append(HardState(TERM + 2, None), [])
+        log.reset(50, TERM + 2)
+
+        restore_backup(backup, log, db)
+        found_cluster(log, member("a"))
+
+        assert (log.last_index, log.term_at(log.last_index)) == (2, TERM + 2)
 
 
 def test_log_when_it_differs_from_the_state_then_it_begins_anew_behind_it(tmp_path: Path) -> None:
