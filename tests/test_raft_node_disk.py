@@ -14,7 +14,7 @@ import raft_snapshots
 from kv_errors import NoSpaceError, NotPrimaryError, OutcomeUnknownError
 from raft_log import RaftLog
 from raft_status import NodeRole
-from raft_types import AppendEntries, Entry, HardState, Room, Snapshot
+from raft_types import AppendEntries, Entry, HardState, Ready, Room, Snapshot
 from raft_watch import DISK_FLOOR_BYTES
 from replication_log import ReplicationLog
 from replication_log_format import DiskRefusesError
@@ -135,12 +135,18 @@ def test_state_of_a_later_term_when_it_takes_the_place_of_the_log_then_the_term_
     trio.isolate(server)
     node, core = server.node, server.node._core
     term = core.term + 5
-    with node._lock:
-        core.step(AppendEntries("f" * 16, core.member_id, term, 0, 0, (), 0, 0))
-        core.restore(Snapshot(1000, term, core.membership, 1))
-        server.store.applied_index = node._applied_index = 1000
-        ready = core.ready()
-    assert ready is not None and ready.hard_state is not None and ready.log_base is not None
+
+    def restored() -> Ready | None:
+        with node._lock:
+            if core.is_writing:
+                return None  # another thread has a Ready, and there is one at a time
+            core.step(AppendEntries("f" * 16, core.member_id, term, 0, 0, (), 0, 0))
+            core.restore(Snapshot(1000, term, core.membership, 1))
+            server.store.applied_index = node._applied_index = 1000
+            return core.ready()
+
+    ready = eventually(restored, "its disk has nothing to do")
+    assert ready.hard_state is not None and ready.log_base is not None
 
     node._write(ready)
 
