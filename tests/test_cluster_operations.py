@@ -202,7 +202,7 @@ def test_node_when_a_client_removes_it_then_it_exits_with_79_and_is_not_restarte
     monitor = ClusterManager(None, None, cluster.manager.data_dir)
     [event] = cluster.eventually(monitor.watch, "the removed node ends")
     assert event.startswith(f"{victim} exited with status {EXIT_REMOVED}: it was removed")
-    [event] = cluster.manager.watch()
+    [event] = cluster.eventually(cluster.manager.watch, "who has started it sees that too")
     assert event.startswith(f"{victim} exited with status {EXIT_REMOVED}: it was removed")
     assert monitor.watch() == cluster.manager.watch() == []
     assert cluster.manager.status().row(victim).removed
