@@ -243,10 +243,10 @@ class SimDisk:
             if entry.kind is EntryKind.MEMBERSHIP
         ]
         log = RaftLog(
-            self.base[0] + count,
+            self.last_index,
             runs_of(self.entries),
             tail,
-            first_index=self.base[0] + 1,
+            first_index=self.first_index,
             base_term=self.base[1],
             window_bytes_max=window_bytes_max,
         )
@@ -294,7 +294,7 @@ class SimDisk:
         """The index of the last of them."""
         if not self._log_holds_state():
             return len(self.state.entries)
-        return self.base[0] + len(self.entries)
+        return self.last_index
 
     def found(self) -> list[Entry]:
         """Every entry from the first on that a restart would find, in the state or in the log."""

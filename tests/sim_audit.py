@@ -45,8 +45,7 @@ class Audits:
             if self._cluster.now >= server.next_audit:
                 server.next_audit = self._cluster.now + self._ask_ticks
                 state_hash = server.store.state_hash ^ server.lie
-                peers = [name for name in core.progress if name != server.name]
-                reports = audit.ask(core.term, peers, applied_index, state_hash)
+                reports = audit.ask(core.term, core.progress, applied_index, state_hash)
         elif question is not None:
             there = server.store.hash_at(question.applied_index)
             reports = audit.answer(applied_index, None if there is None else there ^ server.lie)

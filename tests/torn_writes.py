@@ -36,7 +36,7 @@ def is_torn(write: Written, rng: random.Random) -> bool:
     """
     earlier = encode_record(None, rng.randbytes(rng.randint(1, 2 * SECTOR_BYTES)))
     start = record_start(SEGMENT_HEADER_BYTES + len(earlier))
-    record = _encoded(*write)
+    record = encode_record(write[0], encode_entries(write[1]))
     end = start + len(record)
     with tempfile.TemporaryFile() as file:
         fd = file.fileno()
@@ -56,10 +56,6 @@ def is_torn(write: Written, rng: random.Random) -> bool:
     hard_state, entries = decode_payload(kind, payload)
     assert (hard_state, entries) == (write[0], [*write[1]]), "what is found was never written"
     return False
-
-
-def _encoded(hard_state: HardState | None, entries: Sequence[Entry]) -> bytes:
-    return encode_record(hard_state, encode_entries(entries))
 
 
 def _arrived(start: int, end: int, rng: random.Random) -> list[tuple[int, int]]:
