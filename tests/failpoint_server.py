@@ -202,22 +202,36 @@ class Failpoint:
 
 def trouble_disk(directory: Path) -> None:
     """Let every write to the log wait, and the next sync fail, while there is a file that says so."""
-    disk = replication_log.Disk()
+    disk = replication_log._system_disk()
     hangs = directory / str(os.getpid())
     fails = directory / f"{os.getpid()}.fails"
 
-    def pwrite(fd: int, data: bytes, offset: int) -> int:
+    def wait() -> None:
         while hangs.exists():
             time.sleep(0.01)
-        return disk.pwrite(fd, data, offset)
 
-    def fdatasync(fd: int) -> None:
+    def fail_once() -> None:
         if fails.exists():
             fails.unlink()
             raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        wait()
+        return disk.pwrite(fd, data, offset)
+
+    def fdatasync(fd: int) -> None:
+        fail_once()
         disk.fdatasync(fd)
 
+    def pwrite_durably(fd: int, data: bytes, offset: int) -> int:
+        assert disk.pwrite_durably is not None
+        wait()
+        fail_once()
+        return disk.pwrite_durably(fd, data, offset)
+
     troubled = replace(disk, pwrite=pwrite, fdatasync=fdatasync)
+    if disk.pwrite_durably is not None:
+        troubled = replace(troubled, pwrite_durably=pwrite_durably)
     replication_log._system_disk = lambda: troubled
 
 

@@ -781,6 +781,16 @@ _OWN = (
         ),
     ),
     Mutant(
+        "error-of-the-disk-tried-again",
+        "a write whose disk failed is written and synced once more, and believed",
+        "replication_log.py",
+        "            with suppress(DiskRefusesError):\n",
+        "            with suppress(OSError):\n",
+        (
+            "tests/test_replication_log.py::test_append_when_the_call_that_writes_and_syncs_meets_a_broken_disk_then_nothing_is_done_anew",
+        ),
+    ),
+    Mutant(
         "torn-taken-for-damage",
         "a last record that lacks a sector stops the node",
         "replication_log_format.py",

@@ -9,7 +9,8 @@ I10  what was answered OK is in the log, where the answer says
 I11  linearizable per key, by what the clients saw (``linearizability.py``)
 I12  what was refused was never done; what has a serial was done once at most, once if answered
 I15  in the end each client has its answers, whichever server it asks first
-G5   a value that was once seen gone never comes back, for the log says so before a reader does
+G5   a value that was once seen gone never comes back, for the log says so before a reader does;
+     and by the log, no key that expires goes before its time, or is read after it
 
 Used by ``sim_cluster.py``; the part of a node that stands between its clients and the core is here.
 """
@@ -104,6 +105,41 @@ class Desk:
         for owed in (self.writes, self.reads, self.reads_at, self.purges):
             owed.clear()
         return all_of_them
+
+
+@dataclass(slots=True)
+class Lifetime:
+    """A value that expires, or that there is none, from an entry of the log on."""
+
+    index: int
+    value: bytes | None = None
+    deadline_ms: int = 0
+
+
+class Lifetimes:
+    """What the log says of the keys that expire, worked out beside the store (promise G5)."""
+
+    def __init__(self) -> None:
+        self._lifetimes: dict[bytes, list[Lifetime]] = {}  # of each key, in the log's order
+        self._log_ms = 0  # the latest stamp
+
+    def on_entry(self, index: int, stamp_ms: int, argv: Argv) -> None:
+        """The next command of the log: its stamp, and what it did."""
+        self._log_ms = max(self._log_ms, stamp_ms)
+        match argv:
+            case [b"SET", key, value, b"PX", ttl_ms] if key.startswith(b"t"):
+                lifetime = Lifetime(index, value, self._log_ms + int(ttl_ms))
+                self._lifetimes.setdefault(key, []).append(lifetime)
+            case [b"PURGE", *pairs]:
+                for key, deadline in zip(pairs[::2], pairs[1::2], strict=True):
+                    now = self.at(key, index)
+                    if now.value and now.deadline_ms == int(deadline) <= self._log_ms:
+                        self._lifetimes[key].append(Lifetime(index))
+
+    def at(self, key: bytes, index: int) -> Lifetime:
+        """What there is after this entry."""
+        lifetimes = self._lifetimes.get(key, ())
+        return next((one for one in reversed(lifetimes) if one.index <= index), Lifetime(0))
 
 
 class Session:
@@ -264,6 +300,7 @@ class Clients:
         self._done: dict[str, int] = {}  # and of what was, at this index
         self._applied_index = 0  # by whichever server is furthest
         self._expiring: dict[str, list[Operation]] = {}
+        self._lifetimes = Lifetimes()
 
     def start(self) -> None:
         """All begin, each in its own time."""
@@ -491,11 +528,13 @@ class Clients:
         """The server has applied an entry; somebody may wait for it."""
         if entry.index > self._applied_index:
             self._applied_index = entry.index
-            if entry.kind is EntryKind.COMMAND and not isinstance(reply, KVError):
-                words = decode_payload(entry.data)[1]
+            if entry.kind is EntryKind.COMMAND:
+                stamp_ms, words, _ = decode_payload(entry.data)
+                if isinstance(reply, KVError | RepeatedReply):
+                    words = []  # it did nothing, but it has a stamp
                 written = [word.decode() for word in words if word.startswith(b"v")]
-                if not isinstance(reply, RepeatedReply):
-                    self._done |= dict.fromkeys(written, entry.index)
+                self._done |= dict.fromkeys(written, entry.index)
+                self._lifetimes.on_entry(entry.index, stamp_ms, words)
         desk = server.desk
         request = desk.writes.pop(entry.index, None)
         if request is not None:
@@ -533,6 +572,8 @@ class Clients:
                 f"G5: {server.name} tells another story of {request.argv[1]!r} than the log",
             )
             self.cluster.invariants.on_served(server.applied_index)
+            if request.argv[1].startswith(b"t"):
+                self._check_lifetime(server, request.argv[1], reply, now_ms)
             self._answer(request, reply, 0)
         except ExpiredKeysError as expired:
             try:
@@ -541,6 +582,15 @@ class Clients:
                 self.counts["reads that purge"] += 1
             except (TransferUnderWayError, TooMuchUncommittedError):
                 self._refuse(request, server.name)
+
+    def _check_lifetime(self, server: SimServer, key: bytes, reply: Reply, now_ms: int) -> None:
+        lifetime = self._lifetimes.at(key, server.applied_index)
+        expected = None if lifetime.value is None else [lifetime.value, lifetime.index]
+        is_over = reply is not None and now_ms >= lifetime.deadline_ms
+        self.cluster.invariants.require(
+            reply == expected and not is_over,
+            f"G5: {server.name} answers {reply!r} for {key!r} at {now_ms} ms; the log: {lifetime}",
+        )
 
     def leadership_lost(self, server: SimServer) -> None:
         """Who waits is told: a write is unknown, a read was not done (raft-traps T25)."""

@@ -559,6 +559,47 @@ def expired_by_the_readers_clock(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(KeyValueStore, "_seen", see)
 
 
+def expired_never(patch: pytest.MonkeyPatch) -> None:
+    """W6: a key is there for ever, whatever time it was given."""
+    patch.setattr(KeyValueStore, "_seen", lambda store, key, _: store._values.get(key))
+    patch.setattr(KeyValueStore, "due", lambda *_: [])
+
+
+def purged_before_its_time(patch: pytest.MonkeyPatch) -> None:
+    """W6: a key that is to expire goes when the primary looks after such keys next."""
+
+    def due(store: KeyValueStore, now_ms: int, limit: int) -> list[tuple[bytes, int]]:
+        return [*store._deadlines.items()][:limit]
+
+    def purge(store: KeyValueStore, argv: Sequence[bytes], now_ms: int, index: int) -> Reply:
+        for key in argv[1::2]:
+            if key in store._deadlines:
+                store._drop(key)
+        return None
+
+    init = KeyValueStore.__init__
+
+    def begin(store: KeyValueStore, *args: object, **kwargs: object) -> None:
+        init(store, *args, **kwargs)
+        store._writes[b"PURGE"] = lambda *args: purge(store, *args)
+
+    patch.setattr(KeyValueStore, "due", due)
+    patch.setattr(KeyValueStore, "__init__", begin)
+
+
+def other_value_read(patch: pytest.MonkeyPatch) -> None:
+    """I11: a key that expires is read as nobody wrote it."""
+    gets = KeyValueStore._gets
+
+    def get(store: KeyValueStore, argv: Sequence[bytes], now_ms: int) -> Reply:
+        reply = gets(store, argv, now_ms)
+        if isinstance(reply, list) and argv[1] in store._deadlines:
+            return [b"vnever", reply[1]]
+        return reply
+
+    patch.setattr(KeyValueStore, "_gets", get)
+
+
 def flush_hands_out_what_is_there_now(patch: pytest.MonkeyPatch) -> None:
     """T40: rows of one index, and the next index's."""
     patch.setattr(_TableFlush, "keep", lambda *_: None)
@@ -679,6 +720,9 @@ MUTANTS: list[Mutant] = [
     sessions_left_out_of_the_state,
     serial_not_looked_at,
     expired_by_the_readers_clock,
+    expired_never,
+    purged_before_its_time,
+    other_value_read,
     flush_hands_out_what_is_there_now,
     changed_while_leadership_is_handed_over,
     transfer_never_given_up,

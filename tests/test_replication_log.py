@@ -642,6 +642,28 @@ def test_append_when_the_call_that_writes_and_syncs_fails_then_both_are_done_ane
             log.append(None, [entry(2)])
 
 
+def test_append_when_the_call_that_writes_and_syncs_meets_a_broken_disk_then_nothing_is_done_anew(
+    tmp_path: Path,
+) -> None:
+    """After an error of the disk a sync that succeeds proves nothing (raft-traps T6)."""
+    watched = WatchedDisk()
+
+    def pwrite_durably(fd: int, data: bytes, offset: int) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    disk = replace(watched.disk(), pwrite_durably=pwrite_durably)
+    with open_log(tmp_path, fsync=True, disk=disk) as log:
+        watched.take()
+
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            log.append(VOTE, [entry(1)])
+
+        assert watched.take() == []
+        with pytest.raises(OSError, match="earlier write"):
+            log.append(VOTE, [entry(1)])
+        assert log.hard_state == HardState(0, None)
+
+
 @pytest.mark.parametrize("failing_sync", ["fdatasync", "fsync"])
 def test_append_when_a_new_segment_fails_then_every_further_append_is_refused(
     tmp_path: Path, failing_sync: str
