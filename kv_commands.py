@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import Final
 
 from kv_errors import BadRequestError, TooLargeError
+from kv_types import Reply, SimpleString
 
 INT64_MAX: Final = 2**63 - 1
 INT64_MIN: Final = -(2**63)
@@ -554,6 +555,36 @@ def decode_payload(data: bytes) -> tuple[int, list[bytes], Once | None]:
     if start != len(data):
         raise ValueError(f"a payload of {len(data)} bytes says that it has {start}")
     return now_ms, argv, once
+
+
+# ---- What COMMAND tells ------------------------------------------------------------------------
+
+# Our flags in Redis' words; the others are for ourselves.
+_REDIS_FLAGS: Final = {"write": "write", "read": "readonly", "admin": "admin", "fast": "fast"}
+
+
+def command_row(command: Command) -> Reply:
+    """What COMMAND and COMMAND INFO tell of it."""
+    flags = [SimpleString(word) for flag, word in _REDIS_FLAGS.items() if flag in command.flags]
+    first, last, step = command.first_key, command.last_key, command.key_step
+    name = command.name.lower().encode()
+    return [name, command.arity, flags, first, last, step, [], [], [], []]
+
+
+def command_doc(command: Command) -> Reply:
+    """What COMMAND DOCS tells of it."""
+    return {
+        b"summary": command.summary.encode(),
+        b"since": command.since.encode(),
+        b"group": command.group.encode(),
+        b"arguments": _arguments(command),
+    }
+
+
+def _arguments(command: Command) -> Reply:
+    """As redis-cli shows them in its help: all in one, for that is how the table has them."""
+    _, _, text = command.usage.partition(" ")
+    return [{b"name": text.encode(), b"type": b"string"}] if text else []
 
 
 # ---- Slots and patterns ------------------------------------------------------------------------

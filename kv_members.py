@@ -10,11 +10,12 @@ import json
 import logging
 import struct
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from threading import Semaphore
 from typing import Final, TypeVar
 
 from kv_config import Settings, parse_host, parse_node_id, parse_port
-from kv_errors import BadRequestError, NoSpaceError
+from kv_errors import BadRequestError, BusyError, KVError, NoSpaceError
 from kv_store import KeyValueStore
 from kv_types import Reply
 from raft_node import RaftNode
@@ -265,18 +266,31 @@ def fail_over(node: RaftNode, argv: Argv) -> Reply:
 # ---- Its backup --------------------------------------------------------------------------------
 
 
-def backup(node: RaftNode) -> Iterator[bytes]:
+def backup(node: RaftNode, slots: Semaphore) -> Generator[bytes]:
     """A line of JSON, then the state in chunks, each after its length; the length 0 ends it.
 
     Any node may be asked. It is the state that it saved a moment ago. An error instead of all that
-    if the node's disk does not take the copy that is sent.
+    if the node's disk does not take the copy that is sent, or no slot is free for it.
     """
+    if not slots.acquire(blocking=False):
+        yield _refusal(BusyError("as many backups as may be are under way: try again later"))
+        return
+    try:
+        yield from _backup(node)
+    finally:
+        slots.release()
+
+
+def _refusal(error: KVError) -> bytes:
+    fields = {"status": "ERROR", "code": error.code, "message": str(error)}
+    return json.dumps(fields).encode() + b"\n"
+
+
+def _backup(node: RaftNode) -> Iterator[bytes]:
     try:
         reader = node.open_backup()
     except (OSError, StateDbError) as error:
-        message = f"the state can't be copied: {error}"
-        refusal = {"status": "ERROR", "code": NoSpaceError.code, "message": message}
-        yield json.dumps(refusal).encode() + b"\n"
+        yield _refusal(NoSpaceError(f"the state can't be copied: {error}"))
         return
     try:
         header = reader.header

@@ -25,6 +25,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
@@ -55,6 +56,10 @@ BATCH_REQUESTS_MAX: Final = 1024
 BATCH_BYTES_MAX: Final = 4 * 1024 * 1024
 # More is only made once this has been sent: a short pipeline can ask for gigabytes.
 REPLIES_BYTES_MAX: Final = 1024 * 1024
+# Of values for a line, which are looked at for JSON (some 0.3 s a MiB): more is not for a thread that
+# hears peers, for those that are not heard are taken for dead.
+LINES_BYTES_MAX: Final = 64 * 1024
+BACKUPS_MAX: Final = 2  # at once: each holds a copy of the state on the disk until it is sent
 # Allowed where memory or the disk is short; a session because a client may need one to delete under.
 SHRINKING: Final = frozenset(
     {
@@ -80,6 +85,7 @@ class Service:
     # Counted without a lock: figures for people, where a lost count now and then does no harm.
     commands_count: int = 0
     connections_count: int = 0
+    backups: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(BACKUPS_MAX))
 
     def now_ms(self) -> int:
         """The wall clock, which only ever reaches the state as a stamp in the log."""
@@ -242,7 +248,7 @@ class Session:
             if self.parser.language == "lines" and _is_backup(items[position]):
                 self.closing = True
                 yield b"".join(out)
-                yield from kv_members.backup(self.node)
+                yield from kv_members.backup(self.node, self.service.backups)
                 return
             count = len(out)
             position = self._answer_run(items, position, out)
@@ -374,7 +380,7 @@ class Session:
         error = self._held(lambda: done.append(self.node.propose(payloads, blind=blind)))
         if error is not None:
             return self._encode_all(run, [error] * len(run))
-        return self._write_replies(run, done[0])
+        return self._encode_all(run, *self._write_replies(run, done[0]))
 
     def _payloads(self, run: Sequence[Argv]) -> tuple[list[bytes], bool]:
         now_ms = self.service.now_ms()
@@ -382,22 +388,30 @@ class Session:
         is_async = self.service.settings.replication == "async"
         return payloads, is_async and all(map(kv_commands.is_blind, run))
 
-    def _write_replies(self, run: Sequence[Argv], pending: Pending, offset: int = 0) -> list[bytes]:
-        """The replies to a run that begins ``offset`` entries after the first of ``pending``."""
+    def _write_replies(
+        self, run: Sequence[Argv], pending: Pending, offset: int = 0
+    ) -> tuple[Sequence[Reply], int]:
+        """The replies to a run that begins ``offset`` entries after the first of ``pending``.
+
+        With the index of its own first entry.
+        """
+        first = pending.first + offset
         if pending.error is not None:
-            return self._encode_all(run, [pending.error] * len(run))
-        self.last_write_index = pending.first + offset + len(run) - 1
+            return [pending.error] * len(run), first
+        self.last_write_index = first + len(run) - 1
         # Answered before it was applied: a blind write's reply is always OK.
-        replies = pending.replies[offset : offset + len(run)] or [OK] * len(run)
-        return self._encode_all(run, replies, pending.first + offset)
+        return pending.replies[offset : offset + len(run)] or [OK] * len(run), first
 
     def _encode_all(
         self, run: Sequence[Argv], replies: Sequence[Reply], first: int = 0
     ) -> list[bytes]:
-        return [
-            self._encode(argv, reply, first + i)
-            for i, (argv, reply) in enumerate(zip(run, replies, strict=True))
-        ]
+        return [*self._encoded(run, replies, first)]
+
+    def _encoded(
+        self, run: Sequence[Argv], replies: Sequence[Reply], first: int
+    ) -> Iterator[bytes]:
+        for i, (argv, reply) in enumerate(zip(run, replies, strict=True)):
+            yield self._encode(argv, reply, first + i)
 
     def _read_all(self, run: Sequence[Argv]) -> Iterator[bytes]:
         """The replies to a run, in pieces."""
@@ -467,8 +481,7 @@ class Session:
 
     def end_writes(self, run: Sequence[Argv], pending: Pending, offset: int) -> None:
         """A run was applied, or failed."""
-        replies = self._write_replies(run, pending, offset)
-        self._deliver(b"".join(replies), None, self._under_way.release)
+        self._deliver_all(run, *self._write_replies(run, pending, offset))
 
     def end_reads(self, run: Sequence[Argv], pending: Pending) -> None:
         """The store may be read for a run, or it can't."""
@@ -479,21 +492,20 @@ class Session:
             self.stop_reading()
             return
         replies: list[Reply] = []
-        now_ms = self.service.now_ms()
-        try:
-            self._read_store(run, replies, now_ms)
-        except ExpiredKeysError as expired:
-            payload = kv_commands.encode_payload(now_ms, purge_request(expired.pairs))
-            try:
-                self.node.propose_later([payload], partial(self.end_reads, run))
-            except KVError as error:
-                replies = [error] * len(run)
-            else:
-                return
-        encoded = self._encode_all(run[: len(replies)], replies)
-        rest = run[len(replies) :]
+        # What is due is purged by a thread that may wait: here it would be one inside the other.
+        with suppress(ExpiredKeysError):
+            self._read_store(run, replies, self.service.now_ms())
+        self._deliver_all(run, replies)
+
+    def _deliver_all(self, run: Sequence[Argv], replies: Sequence[Reply], first: int = 0) -> None:
+        """Send ``replies``, then those to the rest of ``run``, which are reads."""
+        done, rest = run[: len(replies)], run[len(replies) :]
+        pieces = self._encoded(done, replies, first)
         more = self._read_all(rest) if rest else None
-        self._deliver(b"".join(encoded), more, self._under_way.release)
+        if self.parser.language == "lines" and _size_bytes([*replies]) > LINES_BYTES_MAX:
+            self._deliver(b"", itertools.chain(pieces, more or ()), self._under_way.release)
+        else:
+            self._deliver(b"".join(pieces), more, self._under_way.release)
 
     # ---- Replies -------------------------------------------------------------------------------
 
@@ -599,7 +611,7 @@ class Session:
         table = kv_commands.COMMANDS
         public = [command for command in table.values() if "internal" not in command.flags]
         if subcommand == b"":
-            return [_command_row(command) for command in public]
+            return [kv_commands.command_row(command) for command in public]
         if subcommand == b"COUNT":
             return len(public)
         if subcommand == b"LIST":
@@ -607,10 +619,14 @@ class Session:
         names = [arg.upper().decode(errors="replace") for arg in argv[2:]]
         if subcommand == b"INFO":
             known = {command.name: command for command in public}
-            return [_command_row(known[n]) if n in known else None for n in names or known]
+            return [
+                kv_commands.command_row(known[n]) if n in known else None for n in names or known
+            ]
         if subcommand == b"DOCS":
             shown = [c for c in public if not names or c.name in names]
-            return {command.name.lower().encode(): _command_doc(command) for command in shown}
+            return {
+                command.name.lower().encode(): kv_commands.command_doc(command) for command in shown
+            }
         if subcommand == b"HELP":
             return _subcommands("COMMAND", "COUNT DOCS INFO LIST")
         text = argv[1].decode(errors="backslashreplace")
@@ -873,32 +889,6 @@ def _slot(argv: Argv) -> int:
 
 def _subcommands(name: str, words: str) -> Reply:
     return [SimpleString(line) for line in (f"{name} <subcommand>:", *words.split(), "HELP")]
-
-
-# Our flags in Redis' words; the others are for ourselves.
-_REDIS_FLAGS: Final = {"write": "write", "read": "readonly", "admin": "admin", "fast": "fast"}
-
-
-def _command_row(command: kv_commands.Command) -> Reply:
-    flags = [SimpleString(word) for flag, word in _REDIS_FLAGS.items() if flag in command.flags]
-    first, last, step = command.first_key, command.last_key, command.key_step
-    name = command.name.lower().encode()
-    return [name, command.arity, flags, first, last, step, [], [], [], []]
-
-
-def _command_doc(command: kv_commands.Command) -> Reply:
-    return {
-        b"summary": command.summary.encode(),
-        b"since": command.since.encode(),
-        b"group": command.group.encode(),
-        b"arguments": _arguments(command),
-    }
-
-
-def _arguments(command: kv_commands.Command) -> Reply:
-    """As redis-cli shows them in its help: all in one, for that is how the table has them."""
-    _, _, text = command.usage.partition(" ")
-    return [{b"name": text.encode(), b"type": b"string"}] if text else []
 
 
 # ---- The line language's replies ---------------------------------------------------------------

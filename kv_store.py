@@ -57,8 +57,10 @@ from kv_types import OK, Reply, SimpleString
 VALUE_BYTES_MAX: Final = 512 * 1024 * 1024
 # How far back ``hash_at`` remembers: more than a follower that is being compared may lag.
 HISTORY_ENTRIES: Final = 8192
-# The pairs an ExpiredKeysError carries at most: a KEYS over many of them takes several rounds.
+# What one PURGE deletes at most: a KEYS over more of them takes several rounds. Keys may be large,
+# and an entry of the log has to fit into a frame; one key always does, for it came in a request.
 EXPIRED_PAIRS_MAX: Final = 1000
+EXPIRED_KEYS_BYTES_MAX: Final = 1024 * 1024
 
 # What a key takes beside the bytes of key and value: two bytes objects, an int, and its share of
 # two dicts (which are between half and three quarters full). Calibrated against the RSS.
@@ -487,16 +489,23 @@ class KeyValueStore:
             self._hides_due = False
 
     def due(self, now_ms: int, limit: int) -> list[tuple[bytes, int]]:
-        """At most ``limit`` keys whose deadline has passed, with it, the earliest first."""
+        """Keys whose deadline has passed, with it, the earliest first: what one PURGE may delete.
+
+        At most ``limit``, and EXPIRED_KEYS_BYTES_MAX of keys, but for a first one that is longer.
+        """
         now_ms = max(now_ms, self.last_stamp_ms)
         heap = self._heap
         found: list[tuple[int, bytes]] = []
+        room_bytes = EXPIRED_KEYS_BYTES_MAX
         while heap and heap[0][0] <= now_ms and len(found) < limit:
-            pair = heapq.heappop(heap)
-            deadline_ms, key = pair
+            deadline_ms, key = pair = heap[0]
             # A pair pushed twice comes twice in a row.
             if self._deadlines.get(key) == deadline_ms and (not found or found[-1] != pair):
+                if found and len(key) > room_bytes:
+                    break
                 found.append(pair)
+                room_bytes -= len(key)
+            heapq.heappop(heap)
         # They stay until a PURGE has been applied: the caller's proposal may fail.
         for pair in found:
             heapq.heappush(heap, pair)
@@ -744,7 +753,13 @@ class KeyValueStore:
             for key in keys
             if (deadline_ms := deadlines.get(key)) is not None and deadline_ms <= now_ms
         )
-        pairs = list(islice(due, EXPIRED_PAIRS_MAX))
+        pairs: list[tuple[bytes, int]] = []
+        room_bytes = EXPIRED_KEYS_BYTES_MAX
+        for pair in islice(due, EXPIRED_PAIRS_MAX):
+            if pairs and len(pair[0]) > room_bytes:
+                break
+            pairs.append(pair)
+            room_bytes -= len(pair[0])
         if pairs:
             raise ExpiredKeysError(pairs)
 

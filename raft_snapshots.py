@@ -387,16 +387,19 @@ class StateKeeper:
                 self._host.answer_chunk(chunk, 0, SnapshotOutcome.REFUSED)
                 return
         incoming.last_chunk = chunk
+        is_whole = False
         if chunk.offset == incoming.writer.received_bytes:
             try:
                 incoming.writer.write(chunk.data)
             except OSError as error:
                 self._refuse(incoming, error)
                 return
-            incoming.is_whole = chunk.is_last
+            is_whole = chunk.is_last
         with self._lock:
             self._incoming = incoming
-            if incoming.is_whole:
+            # Not before: it could be installed meanwhile, and would then be here again.
+            incoming.is_whole = is_whole
+            if is_whole:
                 self._due.notify()
                 return
         received_bytes = incoming.writer.received_bytes

@@ -348,10 +348,12 @@ class ReplicationLog:
         self._begin_change()
         first = entries[0].index if entries else self._index.last + 1
         last = self._last_segment
-        if last.records_end > SEGMENT_HEADER_BYTES:
-            size_bytes = record_start(last.records_end) + RECORD_HEADER_BYTES + len(data)
-            if first < last.first_index or size_bytes > self._segment_bytes_max:
-                last = self._create_segment(first)
+        size_bytes = record_start(last.records_end) + RECORD_HEADER_BYTES + len(data)
+        is_full = last.records_end > SEGMENT_HEADER_BYTES and size_bytes > self._segment_bytes_max
+        # Of an empty one too: its first record may have been refused, and what is tried again begins
+        # further back.
+        if first < last.first_index or is_full:
+            last = self._create_segment(first, self.term_at(first - 1))
         record = encode_record(hard_state, data)
         # One record: of several in one write, a crash could leave the later ones whole and an
         # earlier one not, which is how corruption looks.
@@ -391,14 +393,19 @@ class ReplicationLog:
     def reset(self, index: int, term: int) -> None:
         """Drop all entries and go on after ``index``, an entry of ``term`` in a state kept elsewhere.
 
-        A crash leaves the old log or the new one; the hard state is the same in both.
+        A crash leaves the old log or the new one; the hard state is the same in both. Raises
+        DiskRefusesError: nothing is changed, and it may be tried again.
         """
         assert self.identity is not None, "a log belongs to a member before it says anything"
         assert 0 <= term <= self._hard_state.term
         self._begin_change()
         older = list(self._segments)
+        try:
+            self._create_segment(index + 1, term, begins_anew=True)
+        except DiskRefusesError:
+            self._broken = False
+            raise
         self._begin(index + 1, term)
-        self._create_segment(index + 1, begins_anew=True)
         # The new one is durable, and hides the others even if some of them stay.
         self._remove([self._segments.pop(number).path for number in older])
         self._broken = False
@@ -587,10 +594,9 @@ class ReplicationLog:
             ):  # a short write: the disk may be full, the next one will tell
                 written += pwrite(fd, data[written:], offset + written)
 
-    def _create_segment(self, first: int, *, begins_anew: bool = False) -> _Segment:
+    def _create_segment(self, first: int, base_term: int, *, begins_anew: bool = False) -> _Segment:
         """Begin a new last segment, durable under its name before any record is in it."""
         sequence = self._last_sequence + 1
-        base_term = self.term_at(first - 1)
         header = SegmentHeader(sequence, begins_anew, first, base_term, self._hard_state)
         path = self._directory / f"log-{sequence:08x}-{first:016x}.seg"
         with _refusal_told():
@@ -659,7 +665,7 @@ class ReplicationLog:
             self._replay(header is headers[-1], memberships)
         if not headers:
             # Created before the identity is saved: an identity without a log is a log that is lost.
-            self._create_segment(1)
+            self._create_segment(1, base_term=0)
         elif len(headers) > 1 and self._last_segment.records_end == SEGMENT_HEADER_BYTES:
             # A crash came between its creation and its first record. To use it might be wrong: if
             # it was to hold a replacement, it begins further back than the next record does.

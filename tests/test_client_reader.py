@@ -13,12 +13,14 @@ from typing import cast
 
 import pytest
 
+import kv_session
 from kv_commands import encode_payload
 from kv_config import parse_settings
 from kv_errors import OutcomeUnknownError
 from kv_session import Service
 from kv_store import KeyValueStore
 from kv_store_server import ACCEPT_PAUSE_S, TCPServer
+from kv_types import Reply
 from raft_node import RaftNode
 from raft_status import Pending
 from tests.cluster import eventually
@@ -33,15 +35,27 @@ class HangingNode:
         self.trouble = ""
         self.hangs = threading.Event()
         self.may_go_on = threading.Event()
+        self.purges: KeyValueStore | None = None  # what proposals are applied to; None: they hang
 
     def propose_later(
         self, payloads: Sequence[bytes], on_done: Callable[[Pending], None], *, blind: bool = False
     ) -> None:
+        pending = Pending(1, len(payloads), 1, 0.0, on_done)
+        if self.purges is not None:
+            pending.replies = self._apply(self.purges, payloads)
+            pending.finish()
+            return
         self.hangs.set()
         self.may_go_on.wait()
-        pending = Pending(1, len(payloads), 1, 0.0, on_done)
         pending.error = OutcomeUnknownError("the disk hung")
         pending.finish()
+
+    def propose(self, payloads: Sequence[bytes]) -> None:
+        assert self.purges is not None
+        self._apply(self.purges, payloads)
+
+    def _apply(self, store: KeyValueStore, payloads: Sequence[bytes]) -> list[Reply]:
+        return [store.apply(store.applied_index + 1, payload) for payload in payloads]
 
     def read_later(self, on_done: Callable[[Pending], None]) -> None:
         Pending(0, 0, 1, 0.0, on_done).finish()
@@ -91,6 +105,50 @@ def test_read_when_another_clients_write_hangs_in_the_disk_then_it_is_answered(
         assert b"UNKNOWN" in writer.recv(1000)
         writer.sendall(b"GET a\n")
         assert b"NOT_FOUND" in writer.recv(1000)
+
+
+def ask(client: socket.socket, *requests: bytes) -> None:
+    client.sendall(b"".join(b"*2\r\n$3\r\nGET\r\n$%d\r\n%b\r\n" % (len(k), k) for k in requests))
+
+
+def test_pipeline_of_reads_when_very_many_keys_are_due_then_each_is_purged_and_answered(
+    server: TCPServer, node: HangingNode
+) -> None:
+    """One PURGE after the other, not one within the other: that ended the primary."""
+    store, keys = server.service.store, [b"%04d" % number for number in range(900)]
+    for index, key in enumerate(keys, 1):
+        store.apply(index, encode_payload(1000, [b"SET", key, b"v", b"PX", b"1"]))
+    node.purges = store
+
+    with connect(server) as client:
+        ask(client, *keys)
+        with client.makefile("rb") as replies:
+            assert [replies.readline() for _ in keys] == [b"$-1\r\n"] * len(keys)
+
+    assert len(store) == 0
+
+
+def test_large_json_for_a_line_then_no_thread_that_others_need_takes_it_apart(
+    server: TCPServer, node: HangingNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a value of some MiB a peer was not heard for so long that the leadership ended."""
+    threads: dict[int, str] = {}
+
+    def noted(value: Reply) -> object:
+        assert isinstance(value, bytes)
+        threads[len(value)] = threading.current_thread().name
+        return len(value)
+
+    monkeypatch.setattr(kv_session, "line_value", noted)
+    store = server.service.store
+    store.apply(1, encode_payload(1, [b"SET", b"small", bytes(10)]))
+    store.apply(2, encode_payload(1, [b"SET", b"large", bytes(1_000_000)]))
+    with connect(server) as client, client.makefile("rb") as replies:
+        for key in (b"small", b"large"):
+            client.sendall(b"GET %b\n" % key)
+            assert b'"status":"OK"' in replies.readline().replace(b" ", b"")
+
+    assert threads == {10: "read-clients", 1_000_000: "client-slow"}
 
 
 def test_pipeline_behind_a_write_that_hangs_then_the_replies_keep_their_order(

@@ -16,6 +16,7 @@ import pytest
 from kv_commands import COMMANDS, encode_payload
 from kv_errors import BadRequestError, KVError, MismatchError
 from kv_store import (
+    EXPIRED_KEYS_BYTES_MAX,
     EXPIRED_PAIRS_MAX,
     HISTORY_ENTRIES,
     VALUE_BYTES_MAX,
@@ -820,6 +821,28 @@ def test_keys_when_very_many_are_due_names_some_at_a_time(node: Node) -> None:
 
     assert keys == []
     assert sizes == [EXPIRED_PAIRS_MAX, EXPIRED_PAIRS_MAX, 1]
+
+
+def test_due_when_keys_are_large_then_one_purge_deletes_few_of_them(node: Node) -> None:
+    """A PURGE is an entry of the log, which has to fit into a frame; a key alone always does."""
+    part = EXPIRED_KEYS_BYTES_MAX // 4
+    large = [b"%d" % number + bytes(part) for number in range(9)]
+    huge = b"huge" + bytes(2 * EXPIRED_KEYS_BYTES_MAX)
+    for key in (*large, huge, b"small"):
+        node.write(b"SET", key, b"v", b"PX", b"1")
+    node.now_ms = NOW + 1
+    rounds = []
+    while pairs := node.store.due(node.now_ms, 500):
+        with pytest.raises(ExpiredKeysError) as caught:
+            node.read(b"KEYS", b"*")
+        assert sum(len(key) for key, _ in caught.value.pairs[1:]) <= EXPIRED_KEYS_BYTES_MAX
+        rounds.append([len(key) for key, _ in pairs])
+        node.purge(*pairs)
+
+    assert sum(map(len, rounds)) == 11
+    assert [sum(sizes) for sizes in rounds if len(sizes) > 1 and sum(sizes) > 4 * part] == []
+    assert [len(huge)] in rounds
+    assert node.read(b"KEYS", b"*") == []
 
 
 def test_due_when_asked_names_the_earliest_until_they_are_purged(node: Node) -> None:

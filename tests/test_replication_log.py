@@ -31,6 +31,7 @@ from tests.log_files import (
     entry,
     flip,
     open_log,
+    path_of,
     record_ends,
     recover,
     segments,
@@ -423,15 +424,15 @@ def test_append_when_one_call_writes_and_syncs_then_each_write_asks_for_that(
 
     def pwritev(fd: int, buffers: list[bytes], offset: int, flag: int = 0) -> int:
         flags.append(flag)
-        return write(fd, [buffers[0][:50]], offset, flag)  # a short write, then the rest
+        is_first = len(flags) == 1  # a short write, then the rest
+        return write(fd, [buffers[0][:50]] if is_first else buffers, offset, flag)
 
     with open_log(tmp_path, fsync=True) as log:
         monkeypatch.setattr(os, "pwritev", pwritev)
         log.append(VOTE, entries(1, 3))
         log.append(None, [entry(4)])
 
-    assert len(flags) > 4
-    assert set(flags) == {os.RWF_DSYNC}
+    assert flags == [os.RWF_DSYNC] * 3
 
 
 def test_append_when_the_file_has_zeros_then_they_are_written_over(tmp_path: Path) -> None:
@@ -615,6 +616,32 @@ def test_append_when_the_disk_has_no_room_then_the_same_may_be_appended_again(
     with open_log(tmp_path) as log:
         assert log.recovered.tail == (entry(1), entry(2, 5), entry(3, 5))
         assert log.hard_state == HardState(5, "n2")
+
+
+def test_append_when_only_its_later_turns_find_no_room_then_it_is_whole_in_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is begun anew further back than the segment whose first record was refused begins."""
+    monkeypatch.setattr(replication_log, "_TURN_BYTES_MAX", 2500)
+    batch = [Entry(index, 1, EntryKind.COMMAND, bytes(1000)) for index in range(1, 7)]
+    is_full = True
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        if is_full and offset and path_of(fd) != segments(tmp_path)[0]:
+            raise OSError(errno.ENOSPC, "no room")  # but for the header of a new segment
+        return os.pwrite(fd, data, offset)
+
+    with open_log(tmp_path, fsync=True, disk=Disk(pwrite), segment_bytes_max=4000) as log:
+        with pytest.raises(DiskRefusesError):
+            log.append(VOTE, batch)
+        assert len(segments(tmp_path)) == 2
+        is_full = False
+
+        log.append(VOTE, batch)
+        log.drop_before(2)
+
+        assert log.read(6, 6, 1000) == batch[5:]
+    assert recover(tmp_path).tail[-1] == batch[5]
 
 
 def test_append_when_the_call_that_writes_and_syncs_fails_then_both_are_done_anew(

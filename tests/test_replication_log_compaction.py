@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import shutil
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +17,7 @@ import pytest
 
 from raft_types import Entry, EntryKind, HardState, Member, Membership
 from replication_log import Recovered, ReplicationLog
-from replication_log_format import CorruptLogError
+from replication_log_format import CorruptLogError, DiskRefusesError
 from tests.log_files import (
     VOTE,
     PowerLossDisk,
@@ -242,6 +243,26 @@ def test_reset_when_it_returns_then_the_log_is_empty_and_goes_on_there(
     recovered = recover(tmp_path)
     assert recovered.tail == tuple(entries(index + 1, index + 3, term=3))
     assert recovered.term_runs == ((index + 1, 3),)
+
+
+def test_reset_when_the_disk_has_no_room_then_nothing_is_changed(tmp_path: Path) -> None:
+    """So that it is tried again when there is some."""
+    write_segments(tmp_path)
+    watched = WatchedDisk()
+    with open_log(tmp_path, disk=watched.disk()) as log:
+        log.append(HardState(3, None), [])
+        held = log.first_index, log.last_index
+        watched.room_bytes = 0
+        with pytest.raises(DiskRefusesError):
+            log.reset(100, 2)
+        assert (log.first_index, log.last_index) == held
+        assert log.read(held[1], held[1], 1000) == [entry(held[1])]
+        watched.room_bytes = sys.maxsize
+
+        log.reset(100, 2)
+
+        assert (log.first_index, log.last_index) == (101, 100)
+    assert recover(tmp_path).last_index == 100
 
 
 def test_reset_when_asked_for_what_cannot_be_then_refused(tmp_path: Path) -> None:

@@ -265,6 +265,40 @@ def test_reader_when_closed_then_reads_no_more(kept: Kept, tmp_path: Path) -> No
     reader.close()
 
 
+class Meddled:
+    """A lock, of which another thread always makes use just before."""
+
+    def __init__(self, lock: threading.Lock, before: Callable[[], None]) -> None:
+        self._lock, self._before, self._is_before = lock, before, False
+
+    def __enter__(self) -> None:
+        if not self._is_before:
+            self._is_before = True
+            self._before()
+            self._is_before = False
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+
+def test_last_chunk_when_the_installer_looks_at_any_moment_then_it_installs_once(
+    kept: Kept, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was whole for the installer before it was handed over, and was then handed over again."""
+    donor = kept.state.open_snapshot()
+    data = donor.read(0, donor.size_bytes)
+    donor.close()
+    kept.keeper.on_chunk(SnapshotChunk("leader", "me", 1, 5, 0, data[:10], False))
+    meddled = Meddled(kept.keeper._lock, kept.keeper._install_received)
+    monkeypatch.setattr(kept.keeper, "_lock", meddled)
+
+    kept.keeper.on_chunk(SnapshotChunk("leader", "me", 1, 5, 10, data[10:], True))
+    kept.keeper._install_received()
+
+    assert kept.host.answers == [SnapshotOutcome.MORE, SnapshotOutcome.INSTALLED]
+
+
 def test_backup_while_a_state_is_installed_waits_for_it(kept: Kept) -> None:
     """To save in between would write rows of one state under the index of another."""
     donor = kept.state.open_snapshot()
@@ -297,11 +331,28 @@ def test_backup_when_the_disk_has_no_room_for_the_copy_then_it_is_refused(
     """With the reason, where a connection that just ends would leave the manager to guess."""
     monkeypatch.setattr(kept.state, "open_snapshot", no_room)
 
-    (line,) = backup(kept.keeper)  # type: ignore[arg-type]  # which the node would ask
+    slots = threading.Semaphore(1)
+    for _ in range(2):  # what is refused takes no slot
+        (line,) = backup(kept.keeper, slots)  # type: ignore[arg-type]  # which the node would ask
 
-    answer = json.loads(line)
-    assert (answer["status"], answer["code"]) == ("ERROR", "NO_SPACE")
-    assert "no room" in answer["message"]
+        answer = json.loads(line)
+        assert (answer["status"], answer["code"]) == ("ERROR", "NO_SPACE")
+        assert "no room" in answer["message"]
+
+
+def test_backup_when_as_many_as_may_be_are_under_way_then_another_is_refused(kept: Kept) -> None:
+    """Each holds a copy of the state on the disk, however slowly its client reads."""
+    slots = threading.Semaphore(1)
+    first = backup(kept.keeper, slots)  # type: ignore[arg-type]
+    assert json.loads(next(first))["status"] == "OK"
+
+    (line,) = backup(kept.keeper, slots)  # type: ignore[arg-type]
+
+    assert json.loads(line)["code"] == "BUSY"
+    first.close()  # its client has gone
+    again = backup(kept.keeper, slots)  # type: ignore[arg-type]
+    assert json.loads(next(again))["status"] == "OK"
+    again.close()
 
 
 def test_receiving_when_no_file_can_be_made_then_the_leader_is_told(
