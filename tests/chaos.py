@@ -7,7 +7,8 @@ Rule 1: a pass is a run in which enough was done of everything, enough failed, a
 has an explanation. Too little traffic, in all or of one kind, no fault, faults that mostly came to
 nothing, or a history that nobody could decide make a run *invalid*: exit status 2, not 0.
 Rule 2: in the end everything is healed, and then all nodes must have the same state, every
-acknowledged write must be there, and no node may hold more than when it started.
+acknowledged write must be there, and no node may hold more than when it started. Nor may there be no
+answer for longer than what failed explains.
 Rule 3: a run that fails keeps its histories and the nodes' directories and logs, and says where.
 
 Clients and their verdicts are in ``chaos_workloads.py``, classes of faults in ``chaos_classes.py``,
@@ -266,9 +267,13 @@ def _run(fault: FaultClass, seconds: float, stage: Stage, notes: Notes, result: 
     result.problems += leftovers(cluster, before)
     result.problems += trouble_in_logs(cluster, fault.expected)
     result.problems += wrong_refusals(notes, fault)
-    if notes.counts["ok"] < OPERATIONS_PER_S_MIN * seconds:
+    if result.longest_s > fault.pause_s_max:
+        result.problems.append(
+            f"nobody had an answer for {result.longest_s:.1f} s; {fault.pause_s_max:g} s are the most"
+        )
+    if notes.counts["ok"] < OPERATIONS_PER_S_MIN * result.seconds:
         result.doubts.append(f"too little traffic: {notes.counts}")
-    result.doubts += load.lacking(seconds)
+    result.doubts += load.lacking(result.seconds)
     result.doubts += result.rounds.doubts()
 
 

@@ -62,6 +62,8 @@ FSYNC_WORDS: Final = ("Input/output error",)
 STALL_WORDS: Final = ("the disk hangs",)
 FULL_WORDS: Final = ("the disk is", "the disk hangs", "No space left", "can't be saved")
 DAMAGE_WORDS: Final = ("can't start", "damaged", "checksum")
+# Both secondaries may stall for ten seconds.
+STALL_PAUSE_S_MAX: Final = 25.0
 SNAPSHOT_WORDS: Final = ("a snapshot can't be installed",)
 
 SINGLE: Final = (
@@ -83,7 +85,13 @@ SINGLE: Final = (
     FaultClass("snapshot", (snapshot,), server_args=SMALL_LOG),
     FaultClass("disk-error", (disk_error,), expected=DISK_WORDS),
     FaultClass("fsync-error", (fsync_error,), server_script=FAILPOINT_SERVER, expected=FSYNC_WORDS),
-    FaultClass("disk-stall", (disk_stall,), server_script=FAILPOINT_SERVER, expected=STALL_WORDS),
+    FaultClass(
+        "disk-stall",
+        (disk_stall,),
+        server_script=FAILPOINT_SERVER,
+        expected=STALL_WORDS,
+        pause_s_max=STALL_PAUSE_S_MAX,
+    ),
     FaultClass(
         "damage",
         (damage, snapshot_damaged),
@@ -103,6 +111,8 @@ MIXED: Final = FaultClass(
     "mixed",
     tuple(dict.fromkeys(one for fault in SINGLE for one in fault.rounds)),
     nodes=5,
+    is_mixed=True,
+    pause_s_max=STALL_PAUSE_S_MAX,
     server_args=SMALL_LOG + SMALL_MEMORY + MANY_CLIENTS,
     server_script=FAILPOINT_SERVER,
     refusals=(OutOfMemoryError.code,),

@@ -10,6 +10,7 @@ import os
 import resource
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,15 +77,33 @@ def snapshot(stage: Stage) -> None:
     """F6: a follower misses more than the log keeps, and is killed while it gets the state."""
     cluster = stage.cluster
     follower = stage.one(cluster.secondaries())
+    incoming = cluster.node(follower).directory / "incoming.db"
     fall_behind(stage, follower)
-    unfill(stage)
-    slow = Weather(bytes_per_s=2_000_000)
+    slow = Weather(bytes_per_s=500_000)
     stage.weather("slow", stage.both_ways([follower], cluster.node_ids), slow)
+    cut_short = written_ns = 0  # what a killed process leaves is removed by the next one
+
+    def comes() -> bool:
+        with contextlib.suppress(FileNotFoundError):
+            return incoming.stat().st_mtime_ns > written_ns
+        return False
+
     for _ in range(stage.rng.randint(1, 3)):
-        stage.hold(0.0, 1.5)
-        stage.tell(f"kill {follower}")
+        cluster.eventually(comes, f"{follower} is sent a state")
+        stage.hold(0.0, 1.0)
         cluster.kill(follower)
+        is_under_way = incoming.exists()
+        written_ns = time.time_ns()
+        stage.tell(f"killed {follower}, which had {'a part of' if is_under_way else 'all of'} it")
         cluster.start(follower)
+        if not is_under_way:
+            break
+        cut_short += 1
+    stage.network.heal()
+    cluster.heal()
+    unfill(stage)
+    if not cut_short:
+        raise NotDoneError("it had the state before it was killed")
 
 
 def snapshot_damaged(stage: Stage) -> None:

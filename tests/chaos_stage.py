@@ -35,6 +35,7 @@ from tests.power_loss import compile_recorder, contents, fill, seen
 
 ELECTION_TIMEOUT_S: Final = 1.0
 CUT: Final = Weather(cut=True)
+BAD: Final = Weather(delay_s=0.02, jitter_s=0.015, lose=0.02, repeat=0.02)
 
 
 class CannotTestError(Exception):
@@ -201,6 +202,9 @@ class FaultClass:
     server_args: tuple[str, ...] = ()
     server_script: Path = SERVER_SCRIPT
     loses_power: bool = False  # what its nodes write is recorded
+    is_mixed: bool = False  # the weather is bad in half of the rounds, whatever else fails
+    # Without any answer: some elections that come to nothing, and a majority that a round takes away.
+    pause_s_max: float = 15.0
     # The codes of errors that clients may be told, besides that there is no primary now.
     refusals: tuple[str, ...] = ()
     # What the nodes may log as an error, besides what any failing neighbour makes them say.
@@ -238,12 +242,19 @@ class Rounds:
 
 
 def repeat(fault: FaultClass, stage: Stage) -> Rounds:
-    """Round after round until the time is over: each kind once before one comes again."""
+    """Round after round until the time is over: each kind once before one comes again.
+
+    However little time there is, each kind comes once.
+    """
     rounds = Rounds()
-    deck: list[Callable[[Stage], None]] = []
-    while time.monotonic() < stage.until:
+    deck = stage.rng.sample(fault.rounds, len(fault.rounds))
+    kinds_left = len(deck)
+    while time.monotonic() < stage.until or kinds_left > 0:
         deck = deck or stage.rng.sample(fault.rounds, len(fault.rounds))
         one = deck.pop()
+        kinds_left -= 1
+        if fault.is_mixed and stage.rng.random() < 0.5:
+            stage.weather("bad weather", stage.all_links(), BAD)
         try:
             one(stage)
         except NotDoneError as error:

@@ -18,7 +18,7 @@ DIES_WITHIN_S: Final = 10.0
 # A step is taken so often before the node dies there.
 COUNT_MAX: Final = 40
 
-# By what has to happen for a node to get there.
+# By what has to happen for a node to get there; no other node does.
 FOLLOWS: Final = (
     *("append torn", "append before pwrite", "append before fdatasync"),
     *("after ReplicationLog.append", "after RaftNode._write", "before RaftNode._advance_locked"),
@@ -27,9 +27,8 @@ FOLLOWS: Final = (
 )
 LEADS: Final = (
     *("before RaftNode._next_append", "after RaftNode._next_append"),
-    *("append before pwrite", "append before fdatasync", "after ReplicationLog.append"),
     *("before RaftCore._commit_to as primary", "after RaftCore._commit_to as primary"),
-    *("before RaftNode._apply", "after RaftNode._apply", "before Waiting.applied"),
+    "before Waiting.applied",
 )
 SAVES: Final = (
     *("save-begun", "save-header-written", "save-rows-written", "save-committed", "save-synced"),
@@ -53,7 +52,7 @@ def crash_following(stage: Stage) -> None:
 
 
 def crash_leading(stage: Stage) -> None:
-    """F10: a node dies between two steps of sending, committing, answering; it leads, if it gets so far."""
+    """F10: a primary dies between two steps of sending, committing, answering."""
     cluster = stage.cluster
     victim = stage.one(cluster.secondaries())
     _start_to_die(stage, victim, f"{stage.one(LEADS)} {stage.rng.randint(1, COUNT_MAX)}")

@@ -600,7 +600,10 @@ class Bank(Workload):
 
 
 class Expiry(Workload):
-    """W6: a key is there until its time is over, and never after, on no node."""
+    """W6: a key is there until its time is over, and never after.
+
+    In the end the primary is asked, and all nodes have the same state.
+    """
 
     name = "expiry"
     kinds: ClassVar[tuple[str, ...]] = ("writes", "reads")

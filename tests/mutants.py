@@ -36,7 +36,7 @@ from tests.simulator import BROKEN, first_violation
 from tests.test_raft_simulation import MUTANTS as SWITCHES
 
 ROOT: Final = Path(__file__).resolve().parent.parent
-SEEDS_MAX: Final = 200
+SEEDS_MAX: Final = 600
 COMMAND_SECONDS_MAX: Final = 900
 TEST_SECONDS_MAX: Final = 100
 TEXT_MAX: Final = 130  # of what a simulation says, in the table

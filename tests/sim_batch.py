@@ -38,8 +38,6 @@ UNREACHABLE = [
     # What no server that keeps to the protocol sends; test_raft_core.py makes it up.
     "if self.leader_id not in .None, sender.:|if message.prev_index >= base and",
     "if entry.index <= self.commit_index:|if message.match_index > self.log.last_index or",
-    # What the driver shows to people, or asks before it takes a write.
-    "def failures_tolerated|def cluster_room|def room",
 ]
 
 

@@ -28,7 +28,7 @@ from kv_errors import AnswerForgottenError, KVError, MismatchError, NoSessionErr
 from kv_store import ExpiredKeysError, purge_request
 from kv_types import RepeatedReply, Reply
 from raft_core import NotLeaderError, TooMuchUncommittedError, TransferUnderWayError
-from raft_types import Entry, EntryKind, MemberId, Role
+from raft_types import Entry, EntryKind, MemberId, Role, Room
 from tests.linearizability import Kind, Operation, Outcome, check_counter, check_register
 from tests.raft_servers import describe_command
 from tests.sim_invariants import ViolationError
@@ -517,6 +517,12 @@ class Clients:
     def do_upkeep(self, server: SimServer) -> None:
         """As the primary does from time to time: delete what is due."""
         core, now_ms = server.core, server.clock.now_ms(self.cluster.now)
+        most = (len(core.membership.voters) - 1) // 2
+        self.cluster.invariants.require(
+            0 <= core.failures_tolerated <= max(0, most)
+            and (core.role is not Role.LEADER or core.cluster_room is Room.PLENTY),
+            f"{server.name} tolerates {core.failures_tolerated} of {most}, or says a disk is full",
+        )
         if core.role is Role.LEADER and (pairs := server.store.due(now_ms, 100)):
             try:
                 core.propose([encode_payload(now_ms, purge_request(pairs))])

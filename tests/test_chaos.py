@@ -5,28 +5,32 @@ The long ones are `make chaos`. Here the five classes that tell most have ten se
 
 from __future__ import annotations
 
+import random
 import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar, cast
 
 import pytest
 
 from cluster_manager import SERVER_SCRIPT
 from cluster_nodes import free_ports
+from kv_client import KVStoreClient
 from kv_config import Address
 from kv_errors import KVError, NoSessionError, NoSpaceError, OutcomeUnknownError
+from kv_types import Reply
 from raft_frames import Hello, encode_handshake
-from tests import chaos
+from tests import chaos, chaos_workloads
 from tests.chaos import Result, main, run
 from tests.chaos_classes import CLASSES
 from tests.chaos_links import CLIENT, INSIDE, OUTSIDE, Network, Weather
 from tests.chaos_members import transfer_unheard
 from tests.chaos_stage import CUT, FaultClass, NotDoneError, Rounds, Stage
-from tests.chaos_workloads import Notes, StaleReads
+from tests.chaos_workloads import Expiry, Notes, StaleReads
 from tests.cluster import eventually
 from tests.linearizability import Kind
 
@@ -34,6 +38,8 @@ SMOKE = ("kill", "pause", "partition", "snapshot", "transfer")
 SMOKE_S = 10.0
 BROKEN_S = 2.0
 SEED = 7
+
+T = TypeVar("T")
 
 
 def told(result: Result) -> str:
@@ -123,17 +129,103 @@ def test_store_whose_old_primary_answers_reads_does_not_pass(
     shutil.rmtree(result.kept)
 
 
+class Worst(random.Random):
+    """Of what was not synced, nothing is left."""
+
+    def choice(self, options: Sequence[T]) -> T:  # type: ignore[override]
+        return options[0]
+
+
+def power_of_all(stage: Stage) -> None:
+    stage.hold(0.5, 0.5)
+    stage.cluster.lose_power(stage.cluster.node_ids, Worst())
+
+
 @pytest.mark.cluster
 @pytest.mark.slow
-def test_store_that_syncs_nothing_does_not_pass_when_power_is_lost() -> None:
+def test_store_that_does_not_sync_its_log_does_not_pass_when_power_is_lost(tmp_path: Path) -> None:
     """What a majority acknowledged, and none of it has on its disk, is gone."""
-    (power,) = (fault for fault in CLASSES if fault.name == "power")
+    write = "self._write(fd, data, offset, self._disk.{})"
+    sound, flaw = write.format("pwrite_durably"), write.format("pwrite")
 
-    result = run(power, BROKEN_S, SEED, server_args=("--fsync", "no"))
+    result = run(
+        FaultClass("power of all", (power_of_all,), loses_power=True),
+        BROKEN_S,
+        SEED,
+        server_script=broken(tmp_path, "replication_log.py", sound, flaw),
+    )
 
     assert result.verdict == "FAILED", told(result)
+    # Not that a node did not start, or that the test itself came to grief.
+    assert any("not linearizable" in p or "lost" in p for p in result.problems), told(result)
     assert result.kept is not None
     shutil.rmtree(result.kept)
+
+
+class Primary:
+    """Whom a workload asks: it gives the same reply to everything."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.call = self.ask = self.get = lambda *_: reply
+        self.mget = lambda keys: [reply for _ in keys]
+
+
+NOBODY: Address = ("127.0.0.1", 1)
+
+
+def expiry_read(
+    monkeypatch: pytest.MonkeyPatch, reply: Reply, set_s_ago: float, ttl_s: float
+) -> tuple[Expiry, Notes]:
+    """One key, set so long ago, was read once."""
+    monkeypatch.setattr(Expiry, "raw", lambda _: Primary(reply))
+    notes = Notes()
+    expiry = Expiry([NOBODY], notes, SEED)
+    at = time.monotonic() - set_s_ago
+    expiry.set.append(("k", at, at, ttl_s))
+    expiry.clients()[1]()
+    return expiry, notes
+
+
+@pytest.mark.parametrize(
+    ("reply", "set_s_ago", "ttl_s", "problem"),
+    [
+        ("here", 0.0, 60.0, ""),
+        (None, 60.0, 1.0, ""),
+        (None, 0.0, 60.0, "k expired early"),
+        ("here", 60.0, 1.0, "k outlived its time"),
+    ],
+)
+def test_key_that_goes_early_or_stays_too_long_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, reply: Reply, set_s_ago: float, ttl_s: float, problem: str
+) -> None:
+    _, notes = expiry_read(monkeypatch, reply, set_s_ago, ttl_s)
+
+    assert notes.done["expiry: reads"] == 1
+    assert [told.partition(",")[0] for told in notes.problems] == ([problem] if problem else [])
+
+
+def test_key_that_is_there_again_in_the_end_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    expiry, _ = expiry_read(monkeypatch, None, 60.0, 1.0)
+
+    assert expiry.check(cast("KVStoreClient", Primary(None))) == []
+    assert expiry.check(cast("KVStoreClient", Primary("here"))) == ["k came back"]
+
+
+@pytest.mark.parametrize(("reply", "count"), [("5", 0), ("6", 0), ("4", 1), (None, 1)])
+def test_read_that_is_older_than_an_acknowledged_write_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, reply: Reply, count: int
+) -> None:
+    """By the one that asks, and in the end."""
+    monkeypatch.setattr(chaos_workloads, "RespConnection", lambda *_, **__: Primary(reply))
+    notes = Notes()
+    stale = StaleReads([NOBODY], notes, SEED)
+    stale._acknowledged = 5
+    stale._hunter(NOBODY)()
+
+    assert notes.done["stale reads: reads"] == 1
+    assert len(notes.problems) == count
+    assert all("5 was acknowledged before" in problem for problem in notes.problems)
+    assert len(stale.check(cast("KVStoreClient", Primary(reply)))) == count
 
 
 def nothing(stage: Stage) -> None:
