@@ -663,6 +663,9 @@ def _scalar(kind: int, text: bytes) -> Reply:
 
 # json's own recursion ends near 1000 levels, counted from wherever the caller stands.
 _JSON_DEPTH_MAX: Final = 256
+# In one reply to a line. No other thread runs while the standard library reads or writes JSON: some
+# 0.1 s a MiB and, for a value of 64 MiB, longer than a leader may be silent.
+LINE_JSON_BYTES_MAX: Final = 1024 * 1024
 
 
 def json_or_text(value: bytes) -> object:
@@ -704,25 +707,42 @@ def text_or_json_bytes(value: object) -> bytes:
     return data
 
 
+def reply_size_bytes(reply: Reply) -> int:
+    """What a reply weighs; only what may be large counts."""
+    if isinstance(reply, bytes):
+        return len(reply)
+    return sum(map(reply_size_bytes, reply)) if isinstance(reply, list) else 0
+
+
 def line_value(reply: Reply) -> object:
     """A reply, or a part of one, as the line language shows it.
 
-    Values are read as JSON where they are JSON. One that is not UTF-8 becomes
-    ``{"base64": "..."}``; a JSON value of that very form is shown as text, so nothing else does.
+    Values are read as JSON where they are JSON, and not more than LINE_JSON_BYTES_MAX. One that is
+    not UTF-8 becomes ``{"base64": "..."}``; a JSON value of that very form is shown as text, so
+    nothing else does.
     """
+    return _line_value(reply, reads_json=reply_size_bytes(reply) <= LINE_JSON_BYTES_MAX)
+
+
+def _line_value(reply: Reply, *, reads_json: bool) -> object:
     match reply:
         case bytes():
             if not _is_utf8(reply):
                 return _base64(reply)
+            if not reads_json:
+                return reply.decode()
             found = json_or_text(reply)
             looks_binary = isinstance(found, dict) and found.keys() == {"base64"}
             return reply.decode() if looks_binary else found
         case KVError():
             return {"code": reply.code, "message": str(reply)}
         case dict():
-            return {str(line_key(key)): line_value(item) for key, item in reply.items()}
+            return {
+                str(line_key(key)): _line_value(item, reads_json=reads_json)
+                for key, item in reply.items()
+            }
         case list() | tuple():
-            return [line_value(item) for item in reply]
+            return [_line_value(item, reads_json=reads_json) for item in reply]
         case _:
             return reply
 

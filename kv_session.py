@@ -42,7 +42,15 @@ from kv_errors import (
     NotPrimaryError,
     OutOfMemoryError,
 )
-from kv_protocol import Item, RequestParser, encode_line, encode_reply, line_key, line_value
+from kv_protocol import (
+    Item,
+    RequestParser,
+    encode_line,
+    encode_reply,
+    line_key,
+    line_value,
+    reply_size_bytes,
+)
 from kv_store import ExpiredKeysError, KeyValueStore, purge_request
 from kv_types import OK, RepeatedReply, Reply, SimpleString, Verbatim
 from raft_node import RaftNode
@@ -451,7 +459,7 @@ class Session:
             for argv in run:
                 reply = read(argv, now_ms)
                 replies.append(reply)  # kept if a later one raises
-                size_bytes += _size_bytes(reply)
+                size_bytes += reply_size_bytes(reply)
                 if size_bytes > REPLIES_BYTES_MAX:
                     return
 
@@ -502,7 +510,7 @@ class Session:
         done, rest = run[: len(replies)], run[len(replies) :]
         pieces = self._encoded(done, replies, first)
         more = self._read_all(rest) if rest else None
-        if self.parser.language == "lines" and _size_bytes([*replies]) > LINES_BYTES_MAX:
+        if self.parser.language == "lines" and reply_size_bytes([*replies]) > LINES_BYTES_MAX:
             self._deliver(b"", itertools.chain(pieces, more or ()), self._under_way.release)
         else:
             self._deliver(b"".join(pieces), more, self._under_way.release)
@@ -871,13 +879,6 @@ def _checked_name(name: bytes) -> bytes:
 
 def _is_backup(item: Item) -> bool:
     return not isinstance(item, KVError) and [word.upper() for word in item] == [b"BACKUP"]
-
-
-def _size_bytes(reply: Reply) -> int:
-    """What a reply weighs; only what may be large counts."""
-    if isinstance(reply, bytes):
-        return len(reply)
-    return sum(map(_size_bytes, reply)) if isinstance(reply, list) else 0
 
 
 def _slot(argv: Argv) -> int:

@@ -31,6 +31,7 @@ from kv_errors import (
 )
 from kv_protocol import (
     LINE_BYTES_MAX,
+    LINE_JSON_BYTES_MAX,
     Item,
     ReplyParser,
     RequestParser,
@@ -731,6 +732,17 @@ def test_json_when_value_cannot_be_json_then_refused() -> None:
 def test_line_value_when_shown_then_json_text_or_base64(reply: Reply, shown: object) -> None:
     """An object with only "base64" in it is always bytes that are no text."""
     assert line_value(reply) == shown
+
+
+def test_line_value_when_very_large_then_text_even_if_it_is_json() -> None:
+    """While a large document is read or written as JSON, no other thread of the node runs."""
+    digits = LINE_JSON_BYTES_MAX // 2
+    largest, larger = b"[%b]" % (b"1" * (LINE_JSON_BYTES_MAX - 2)), b'"%b"' % (b"1" * digits)
+
+    assert line_value(larger) == "1" * digits
+    assert line_value([larger, b"1"]) == ["1" * digits, 1]
+    assert line_value([larger, larger, b"1"]) == [larger.decode(), larger.decode(), "1"]
+    assert line_value(largest + b" ") == (largest + b" ").decode()
 
 
 def test_line_key_when_it_looks_like_json_then_still_text() -> None:
