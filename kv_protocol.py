@@ -709,6 +709,8 @@ def text_or_json_bytes(value: object) -> bytes:
 
 def reply_size_bytes(reply: Reply) -> int:
     """What a reply weighs; only what may be large counts."""
+    if isinstance(reply, RepeatedReply):
+        return reply_size_bytes(reply.reply)
     if isinstance(reply, bytes):
         return len(reply)
     return sum(map(reply_size_bytes, reply)) if isinstance(reply, list) else 0

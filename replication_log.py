@@ -152,8 +152,10 @@ class _Segment:
         self.path = path
         self.fd = fd
         self.first_index = first_index
-        # Where the last record ends. Invariant: from there the file holds zeros, to its own end.
+        # Where the last record ends. Invariant: from there the file holds zeros, to its own end, unless
+        # the disk has just refused a write and took a part of it.
         self.records_end = SEGMENT_HEADER_BYTES
+        self.was_refused = False
         self.size_bytes = SEGMENT_HEADER_BYTES  # the file's length
 
     def __del__(self) -> None:
@@ -332,6 +334,7 @@ class ReplicationLog:
         assert flaw is None, flaw
         begin = size_bytes = 0
         try:
+            self._cut_refused()
             for end, entry in enumerate(entries):
                 entry_bytes = ENTRY_OVERHEAD_BYTES + len(entry.data)
                 size_bytes += entry_bytes
@@ -341,7 +344,24 @@ class ReplicationLog:
             self._append_record(hard_state, entries[begin:])
         except DiskRefusesError:
             self._broken = False
+            self._last_segment.was_refused = True
             raise
+
+    def _cut_refused(self) -> None:
+        """Remove what a refused write left behind the last record.
+
+        What is tried again begins further back, may be shorter, and may go to another segment: then
+        the rest would stay, and look like damage after a restart.
+        """
+        last = self._last_segment
+        if not last.was_refused:
+            return
+        self._begin_change()
+        with _refusal_told():
+            self._disk.ftruncate(last.fd, last.records_end)
+            self._disk.fsync(last.fd)
+        last.size_bytes = last.records_end
+        last.was_refused = self._broken = False
 
     def _append_record(self, hard_state: HardState | None, entries: Sequence[Entry]) -> None:
         data = encode_entries(entries)

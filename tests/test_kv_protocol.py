@@ -41,6 +41,7 @@ from kv_protocol import (
     json_or_text,
     line_key,
     line_value,
+    reply_size_bytes,
     text_or_json_bytes,
 )
 from kv_types import OK, RepeatedReply, Reply, SimpleString, Verbatim
@@ -743,6 +744,13 @@ def test_line_value_when_very_large_then_text_even_if_it_is_json() -> None:
     assert line_value([larger, b"1"]) == ["1" * digits, 1]
     assert line_value([larger, larger, b"1"]) == [larger.decode(), larger.decode(), "1"]
     assert line_value(largest + b" ") == (largest + b" ").decode()
+
+
+def test_size_of_a_reply_counts_values_wherever_they_are() -> None:
+    """An answer that is given again weighs what it did the first time."""
+    values: Reply = [b"12345", 7, None, [b"678"]]
+
+    assert reply_size_bytes(values) == reply_size_bytes(RepeatedReply(values, 9)) == 8
 
 
 def test_line_key_when_it_looks_like_json_then_still_text() -> None:

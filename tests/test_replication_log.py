@@ -11,7 +11,7 @@ import threading
 import tracemalloc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +31,6 @@ from tests.log_files import (
     entry,
     flip,
     open_log,
-    path_of,
     record_ends,
     recover,
     segments,
@@ -618,30 +617,47 @@ def test_append_when_the_disk_has_no_room_then_the_same_may_be_appended_again(
         assert log.hard_state == HardState(5, "n2")
 
 
-def test_append_when_only_its_later_turns_find_no_room_then_it_is_whole_in_the_end(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("taken_bytes", [0, 5, 512, 1500])
+@pytest.mark.parametrize("refused", [1, 2, 3])
+@pytest.mark.parametrize("segment_bytes_max", [4000, 7000, 1 << 20])
+def test_append_when_any_of_its_turns_finds_no_room_then_the_log_is_whole_when_it_is_tried_again(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    taken_bytes: int,
+    refused: int,
+    segment_bytes_max: int,
 ) -> None:
-    """It is begun anew further back than the segment whose first record was refused begins."""
+    """It begins further back than what was refused, of which the disk may have taken a part."""
     monkeypatch.setattr(replication_log, "_TURN_BYTES_MAX", 2500)
-    batch = [Entry(index, 1, EntryKind.COMMAND, bytes(1000)) for index in range(1, 7)]
-    is_full = True
+    batch = [Entry(index, 1, EntryKind.COMMAND, bytes([index]) * 1000) for index in range(2, 8)]
+    calls = -100
 
     def pwrite(fd: int, data: bytes, offset: int) -> int:
-        if is_full and offset and path_of(fd) != segments(tmp_path)[0]:
-            raise OSError(errno.ENOSPC, "no room")  # but for the header of a new segment
+        nonlocal calls
+        calls += 1
+        if calls == refused and taken_bytes:
+            return os.pwrite(fd, data[:taken_bytes], offset)
+        if calls in (refused, refused + 1):
+            raise OSError(errno.ENOSPC, "no room")
         return os.pwrite(fd, data, offset)
 
-    with open_log(tmp_path, fsync=True, disk=Disk(pwrite), segment_bytes_max=4000) as log:
-        with pytest.raises(DiskRefusesError):
-            log.append(VOTE, batch)
-        assert len(segments(tmp_path)) == 2
-        is_full = False
+    with open_log(
+        tmp_path, fsync=True, disk=Disk(pwrite), segment_bytes_max=segment_bytes_max
+    ) as log:
+        log.append(VOTE, [entry(1)])
+        calls = 0
+        is_taken = False
+        while not is_taken:
+            with suppress(DiskRefusesError):
+                log.append(None, batch)
+                is_taken = True
+        assert calls > refused
+        assert log.read(2, 7, 100_000) == batch
 
-        log.append(VOTE, batch)
-        log.drop_before(2)
-
-        assert log.read(6, 6, 1000) == batch[5:]
-    assert recover(tmp_path).tail[-1] == batch[5]
+    assert recover(tmp_path).tail == (entry(1), *batch)
+    with open_log(tmp_path) as log:
+        log.drop_before(3)
+    assert recover(tmp_path).tail[-5:] == tuple(batch[1:])
 
 
 def test_append_when_the_call_that_writes_and_syncs_fails_then_both_are_done_anew(
