@@ -1,6 +1,6 @@
 """The nodes of one host: the record of them, their processes, and what is seen of them.
 
-Rule 1: a process is known by pid *and* creation time, never by its name.
+Rule 1: a process is known by pid *and* start (``start_of``), never by its name.
 Rule 2: nodes outlive who started them: a new session, output to a file, a pid file beside it.
 Rule 3: nodes are reached as any client reaches them, in the line language.
 Rule 4: which nodes there are stands in ``cluster.json`` before the first of their processes runs.
@@ -61,7 +61,8 @@ STABLE_S: Final = 60.0  # a node that ran so long starts with a fresh back-off
 RECORD_FORMAT: Final = 2  # 1 had a number of nodes instead of the nodes
 LOG_LINES_SHOWN: Final = 15
 LOG_BYTES_READ: Final = 64 * 1024
-# btime in /proc/stat, from which creation times are computed, moves when the clock is set.
+PROC: Final = Path("/proc")  # Linux has it
+# Creation times move with each small correction of the clock.
 CREATE_TIME_TOLERANCE_S: Final = 1.0
 # Given to nodes by the manager, so not to be given after ``--``.
 OWN_FLAGS: Final = (
@@ -579,6 +580,29 @@ def _has_released(node: Node) -> bool:
 # ---- Processes -----------------------------------------------------------------------------------
 
 
+def start_of(process: psutil.Process) -> dict[str, object]:
+    """When the process was started, for its pid file: with the pid it says which process that is.
+
+    In clock ticks since a certain boot: the creation time, which is computed from the wall clock,
+    moves when that is set. Raises psutil.NoSuchProcess. Source: proc(5), field 22 of stat.
+    """
+    try:
+        boot_id = (PROC / "sys/kernel/random/boot_id").read_text().strip()
+        # From field 3 on: field 2, the name, may hold blanks and parentheses itself.
+        fields = (PROC / str(process.pid) / "stat").read_bytes().rpartition(b")")[2].split()
+        return {"boot_id": boot_id, "start_ticks": int(fields[22 - 3])}
+    except OSError:
+        return {"create_time": process.create_time()}  # without /proc, as on macOS
+
+
+def is_of(process: psutil.Process, mark: Mapping[str, object]) -> bool:
+    """Whether a pid file with these fields is of this process. Raises psutil.NoSuchProcess."""
+    if isinstance(created := mark.get("create_time"), float):
+        # There was no /proc; or an earlier version wrote it, which knew nothing better.
+        return abs(process.create_time() - created) < CREATE_TIME_TOLERANCE_S
+    return start_of(process).items() <= mark.items()
+
+
 class Processes:
     """The processes of the nodes. For one thread, except ``look``."""
 
@@ -605,8 +629,7 @@ class Processes:
                 start_new_session=True,  # no Ctrl-C, no hang-up of this terminal reaches it
             )
         self._children[node.node_id] = child
-        mark = {"pid": child.pid, "create_time": child.create_time(), "port": node.port}
-        write_durably(node.pid_file, mark)
+        write_durably(node.pid_file, {"pid": child.pid, **start_of(child), "port": node.port})
         return child.pid
 
     def find(self, node: Node) -> psutil.Process | None:
@@ -617,12 +640,11 @@ class Processes:
         try:
             mark = json.loads(node.pid_file.read_bytes())
             process = psutil.Process(mark["pid"])
-            age_s = abs(process.create_time() - mark["create_time"])
-            # Empty for a process that has ended and is not reaped yet.
-            is_node = f"--node-id={node.node_id}" in process.cmdline()
+            # The command line is empty for a process that has ended and is not reaped yet.
+            is_node = is_of(process, mark) and f"--node-id={node.node_id}" in process.cmdline()
         except (OSError, ValueError, KeyError, TypeError, psutil.Error):
             return None
-        if not is_node or age_s >= CREATE_TIME_TOLERANCE_S:
+        if not is_node:
             return None
         self._children.pop(node.node_id, None)  # that one has ended; another manager started this
         return process

@@ -489,12 +489,21 @@ _CHECKS: Final[dict[str, Callable[[Sequence[bytes]], object]]] = {
 }
 
 
+# No other thread runs while KEYS compares its pattern with one key: for a key of 16 MiB up to a
+# minute. Only here: ``apply`` takes longer ones, which a log from before this limit may hold.
+KEY_BYTES_MAX: Final = 64 * 1024
+
+
 def check(argv: Sequence[bytes]) -> Command:
     """``lookup``, and every check of the arguments that needs no state; raises BadRequestError."""
     command = lookup(argv)
     check_arguments = _CHECKS.get(command.name)
     if check_arguments is not None:
         check_arguments(argv)
+    if "write" in command.flags:
+        for key in keys_of(command, argv):
+            if len(key) > KEY_BYTES_MAX:
+                raise TooLargeError(f"a key may have {KEY_BYTES_MAX} bytes at most")
     return command
 
 

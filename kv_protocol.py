@@ -661,7 +661,8 @@ def _scalar(kind: int, text: bytes) -> Reply:
 
 # ---- Values as JSON, and the replies of the line language --------------------------------------
 
-# json's own recursion ends near 1000 levels, counted from wherever the caller stands.
+# json's own recursion ends near 1000 levels, counted from wherever the caller stands; on Python 3.13
+# only where the stack of a thread of 1 MiB has long ended, and with it the process.
 _JSON_DEPTH_MAX: Final = 256
 # In one reply to a line. No other thread runs while the standard library reads or writes JSON: some
 # 0.1 s a MiB and, for a value of 64 MiB, longer than a leader may be silent.
@@ -678,11 +679,13 @@ def json_or_text(value: bytes) -> object:
         text = value.decode()
     except UnicodeDecodeError:
         return value.decode("utf-8", "surrogateescape")
+    if _is_text_too_deep(text):
+        return text
     try:
         found: object = _JSON.decode(text)
     except (ValueError, RecursionError):
         return text  # ValueError is also what an integer of more than 4300 digits gives
-    return text if _is_too_deep(found) else found
+    return found
 
 
 def text_or_json_bytes(value: object) -> bytes:
@@ -781,6 +784,26 @@ def _is_utf8(data: bytes) -> bool:
 
 def _base64(data: bytes) -> object:
     return {"base64": base64.b64encode(data).decode()}
+
+
+# Strings, arrays and objects that are empty, and the brackets of all others. A string is taken to
+# the end of the text if it has none itself, so that no byte is looked at more than twice.
+_JSON_TOKEN = re.compile(
+    r'"(?:[^"\\]++|\\.)*+"?|\[[ \t\n\r]*+\]|\{[ \t\n\r]*+\}|[\[\]{}]', re.DOTALL
+)
+_JSON_STEPS: Final = {"[": 1, "{": 1, "]": -1, "}": -1}
+
+
+def _is_text_too_deep(text: str) -> bool:
+    """``_is_too_deep`` of what ``text`` would be as JSON, without a recursion."""
+    if text.count("[") + text.count("{") <= _JSON_DEPTH_MAX:
+        return False
+    depth = 0
+    for token in _JSON_TOKEN.finditer(text):
+        depth += _JSON_STEPS.get(token[0], 0)
+        if depth > _JSON_DEPTH_MAX:
+            return True
+    return False
 
 
 def _is_too_deep(value: object) -> bool:

@@ -24,7 +24,7 @@ import platform
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -41,6 +41,7 @@ from kv_errors import (
     NoSpaceError,
     NotPrimaryError,
     OutOfMemoryError,
+    TooLargeError,
 )
 from kv_protocol import (
     Item,
@@ -258,13 +259,14 @@ class Session:
                 yield b"".join(out)
                 yield from kv_members.backup(self.node, self.service.backups)
                 return
-            count = len(out)
-            position = self._answer_run(items, position, out)
-            size_bytes += sum(map(len, out[count:]))
-            if size_bytes > REPLIES_BYTES_MAX:
-                yield b"".join(out)
-                out.clear()
-                size_bytes = 0
+            position, replies = self._answer_run(items, position)
+            for reply in replies:
+                out.append(reply)
+                size_bytes += len(reply)
+                if size_bytes > REPLIES_BYTES_MAX:
+                    yield b"".join(out)
+                    out.clear()
+                    size_bytes = 0
         self.closing = self.closing or self.parser.broken
         if out:
             yield b"".join(out)
@@ -276,23 +278,20 @@ class Session:
 
     # ---- Batches -------------------------------------------------------------------------------
 
-    def _answer_run(self, items: Sequence[Item], position: int, out: list[bytes]) -> int:
-        """Answer ``items`` from ``position``, as many as go together; returns where to go on."""
+    def _answer_run(self, items: Sequence[Item], position: int) -> tuple[int, Iterable[bytes]]:
+        """Answer ``items`` from ``position``, as many as go together; where to go on, and replies."""
         first = items[position]
         command = self._refuse_transaction(first) or self._checked(first)
         if isinstance(command, KVError):
-            out.append(self._encode([], command, 0))
-            return position + 1
+            return position + 1, [self._encode([], command, 0)]
         assert not isinstance(first, KVError)
         if "write" in command.flags:
             run, end = self._gather(items, position, "write")
-            out += self._write(run)
-            return end
+            return end, self._write(run)
         if "read" in command.flags:
             run, _ = self._gather(items, position, "read")
             replies = self._read(run)
-            out += replies
-            return position + len(replies)
+            return position + len(replies), replies
         try:
             if command.name == "BACKUP":
                 text = "BACKUP is for the line language: use cluster_manager.py --action backup"
@@ -300,8 +299,7 @@ class Session:
             reply = _LOCAL[command.name](self, first)
         except KVError as error:
             reply = error
-        out.append(self._encode(first, reply, 0))
-        return position + 1
+        return position + 1, [self._encode(first, reply, 0)]
 
     def _refuse_transaction(self, item: Item) -> KVError | None:
         """MULTI is not there yet: then nothing up to EXEC may be done, one by one, instead."""
@@ -382,13 +380,14 @@ class Session:
             else:
                 return None
 
-    def _write(self, run: Sequence[Argv]) -> list[bytes]:
+    def _write(self, run: Sequence[Argv]) -> Iterable[bytes]:
         payloads, blind = self._payloads(run)
         done: list[Pending] = []
         error = self._held(lambda: done.append(self.node.propose(payloads, blind=blind)))
         if error is not None:
             return self._encode_all(run, [error] * len(run))
-        return self._encode_all(run, *self._write_replies(run, done[0]))
+        # One at a time: a short run can ask for gigabytes of what it replaces.
+        return self._encoded(run, *self._write_replies(run, done[0]))
 
     def _payloads(self, run: Sequence[Argv]) -> tuple[list[bytes], bool]:
         now_ms = self.service.now_ms()
@@ -510,7 +509,8 @@ class Session:
         done, rest = run[: len(replies)], run[len(replies) :]
         pieces = self._encoded(done, replies, first)
         more = self._read_all(rest) if rest else None
-        if self.parser.language == "lines" and reply_size_bytes([*replies]) > LINES_BYTES_MAX:
+        limit_bytes = LINES_BYTES_MAX if self.parser.language == "lines" else REPLIES_BYTES_MAX
+        if reply_size_bytes([*replies]) > limit_bytes:
             self._deliver(b"", itertools.chain(pieces, more or ()), self._under_way.release)
         else:
             self._deliver(b"".join(pieces), more, self._under_way.release)
@@ -559,7 +559,6 @@ class Session:
         return [str(seconds).encode(), str(rest_ns // 1000).encode()]
 
     def _hello(self, argv: Argv) -> Reply:
-        options = list(argv[2:])
         protocol = self.protocol
         name = self.name
         if len(argv) > 1:
@@ -568,13 +567,13 @@ class Session:
             if argv[1] not in (b"2", b"3"):
                 return _NoProtoError("unsupported protocol version")
             protocol = int(argv[1])
-        while options:
-            option = options.pop(0)
-            if option.upper() == b"SETNAME" and options:
-                name = _checked_name(options.pop(0))
-            else:
+        options = iter(argv[2:])
+        for option in options:
+            value = next(options, None) if option.upper() == b"SETNAME" else None
+            if value is None:
                 text = option.decode(errors="backslashreplace")
                 raise BadRequestError(f"Syntax error in HELLO option '{text}'")
+            name = _checked_name(value)
         self.protocol, self.name = protocol, name
         return {
             b"server": b"redis",
@@ -624,6 +623,9 @@ class Session:
             return len(public)
         if subcommand == b"LIST":
             return [command.name.lower().encode() for command in public]
+        if len(argv) - 2 > len(public):  # each name may make a row of a hundred bytes
+            text = f"COMMAND INFO and DOCS may name {len(public)} commands at most"
+            raise TooLargeError(text)
         names = [arg.upper().decode(errors="replace") for arg in argv[2:]]
         if subcommand == b"INFO":
             known = {command.name: command for command in public}

@@ -50,7 +50,7 @@ from kv_commands import (
     parse_set,
     wrong_arity,
 )
-from kv_errors import BadRequestError, KVError, MismatchError, NoSessionError
+from kv_errors import BadRequestError, KVError, MismatchError, NoSessionError, TooLargeError
 from kv_types import OK, Reply, SimpleString
 
 # Redis' own limit for a string (proto-max-bulk-len).
@@ -775,7 +775,12 @@ class KeyValueStore:
 
     def _mget(self, argv: _Argv, now_ms: int) -> Reply:
         self._require_none_due(argv[1:], now_ms)
-        return [self._seen(key, now_ms) for key in argv[1:]]
+        values = [self._seen(key, now_ms) for key in argv[1:]]
+        # They are copied for the reply, as often as they are named.
+        if sum(len(value) for value in values if value is not None) > VALUE_BYTES_MAX:
+            # Not raised: a fault of one reader is not one of those that are answered with it.
+            return TooLargeError(f"the values of one MGET may have {VALUE_BYTES_MAX} bytes at most")
+        return values
 
     def _exists(self, argv: _Argv, now_ms: int) -> Reply:
         self._require_none_due(argv[1:], now_ms)

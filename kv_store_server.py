@@ -14,8 +14,8 @@ data or its name are not right here (starting it again can't help), 79 it was re
 cluster.
 
 Threads: ``main`` waits for signals, ``accept-clients`` accepts, ``read-clients`` reads what is
-answered at once, ``client-N`` serves one connection where that takes longer. The rest are of
-``raft_node.py``. Read on in ``kv_session.py``.
+answered at once, ``client-N`` serves one connection where that takes longer, ``log-writer`` writes
+what all others log. The rest are of ``raft_node.py``. Read on in ``kv_session.py``.
 """
 
 from __future__ import annotations
@@ -88,6 +88,8 @@ WATCH_INTERVAL_S = 0.5
 JOIN_TIMEOUT_S = 5.0
 PURGE_KEYS_MAX = 500
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOG_RECORDS_MAX = 1000  # that wait for log-writer, behind as many that it has taken
+LOG_FLUSH_S = 1.0
 
 
 class StartError(Exception):
@@ -289,7 +291,14 @@ class ClientReader:
         since_s = self._busy_since_s
         if since_s is not None and time.monotonic() - since_s > STUCK_S:
             log.warning("read-clients has been busy for %g s: another one takes over", STUCK_S)
-            self.start()
+            try:
+                self.start()
+            except RuntimeError as error:
+                # No thread is left: the stuck one stays in charge. Should it have gone just now, for
+                # a newer one seemed to be there, the next try after STUCK_S makes up for it.
+                self._newest -= 1
+                self._busy_since_s = time.monotonic()
+                log.warning("no other read-clients: %s", error)
 
     def _run(self, number: int) -> None:
         receiver = Receiver(RECEIVE_BYTES)
@@ -776,6 +785,67 @@ def _node_config(settings: Settings) -> NodeConfig:
     )
 
 
+class LogQueue(logging.Handler):
+    """Has a thread, ``log-writer``, write what all others log: stderr may be a pipe that nobody reads.
+
+    No other may wait for that, nor for the disk of a log (raft-traps T24). What finds no room is
+    lost, and how much that was is logged later.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        # Not sys.stderr: at its end the interpreter would wait for the lock of who is writing to it.
+        self._fd = fd
+        # Guards the following, for memory work only; notified at any change of it.
+        self._changed = threading.Condition()
+        self._records: list[logging.LogRecord] = []
+        self._lost_count = 0  # since ``_records`` was full
+        self._is_writing = False
+        threading.Thread(target=self._run, name="log-writer", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Leave it to ``log-writer``; never waits."""
+        # Its arguments may change. What is wrong with them is reported when it is written.
+        with contextlib.suppress(Exception):
+            record.msg, record.args = record.getMessage(), None
+        with self._changed:
+            if len(self._records) < LOG_RECORDS_MAX:
+                self._records.append(record)
+                self._changed.notify_all()
+            else:
+                self._lost_count += 1
+
+    def flush(self) -> None:
+        """Wait until all is written, for LOG_FLUSH_S at most. ``logging.shutdown`` calls this."""
+        with self._changed:
+            self._changed.wait_for(lambda: not (self._records or self._is_writing), LOG_FLUSH_S)
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._is_writing = False
+                self._changed.notify_all()
+                self._changed.wait_for(lambda: self._records)
+                self._is_writing = True
+                records, self._records = self._records, []
+                lost_count, self._lost_count = self._lost_count, 0
+            if lost_count:
+                text = f"{lost_count} lines of the log are lost: nobody took them in time"
+                records.append(log.makeRecord(log.name, logging.WARNING, "", 0, text, (), None))
+            for record in records:
+                self._write(record)
+
+    def _write(self, record: logging.LogRecord) -> None:
+        try:
+            data = f"{self.format(record)}\n".encode(errors="backslashreplace")
+            while data:
+                data = data[os.write(self._fd, data) :]
+        except OSError:
+            pass  # nobody can be told
+        except Exception:  # noqa: BLE001  # a bug in what was logged
+            self.handleError(record)
+
+
 class _JsonFormatter(logging.Formatter):
     """One JSON object a line, for those who collect logs."""
 
@@ -792,7 +862,9 @@ class _JsonFormatter(logging.Formatter):
 
 
 def _configure_logging(settings: Settings) -> None:
-    handler = logging.StreamHandler()
+    handler: logging.Handler = logging.NullHandler()
+    if sys.stderr is not None:  # else it was closed, and its number may become that of a data file
+        handler = LogQueue(sys.stderr.fileno())
     formatter: logging.Formatter = logging.Formatter(
         "%(asctime)s %(levelname)s %(threadName)s %(message)s"
     )
@@ -846,16 +918,16 @@ def main(argv: Sequence[str] | None = None, environ: dict[str, str] | None = Non
     except ConfigError as error:
         sys.stderr.write(f"kv_store_server.py: {error}\n")
         return 2
-    _configure_logging(settings)
-    log.info("starting version=%s python=%s", kv_members.VERSION, sys.version.split()[0])
-    _warn_of_choices(settings)
-    settings = _fit_clients(settings)
     threading.current_thread().name = "main"
     os.umask(0o077)  # whoever may read the data is a matter of who may read this user's files
     threading.stack_size(1024 * 1024)
     # Blocked in every thread, for main to take by itself: a handler would run only when main wakes,
     # and a signal that the kernel gives to another thread does not wake it.
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    _configure_logging(settings)
+    log.info("starting version=%s python=%s", kv_members.VERSION, sys.version.split()[0])
+    _warn_of_choices(settings)
+    settings = _fit_clients(settings)
     exit_status = _run(settings)
     if exit_status in (EXIT_CONFIG, EXIT_REMOVED):
         # For who watches this process and has not started it: only a parent is told.

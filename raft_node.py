@@ -94,6 +94,9 @@ log = logging.getLogger(__name__)
 # Under load, a new commit index that no entries have taken along for so long is told by itself.
 COMMIT_NEWS_S = 0.003
 APPLY_BYTES_MAX = 1024 * 1024
+# What threads that hear peers, or clients, apply themselves: those who are not heard are taken for dead.
+QUICK_BYTES_MAX = 64 * 1024
+QUICK_S = 0.05
 APPLY_LAG_MAX = 20_000  # entries, which take some 0.2 s
 UPKEEP_INTERVAL_S = 0.1
 STOP_TIMEOUT_S = 30.0  # the state is saved once more, which takes longest
@@ -150,6 +153,7 @@ class RaftNode:
         # Told to the peers without entries only up to here; None: to its end, at once.
         self._commit_due: int | None = None
         self._applying = False  # one thread at a time, in the log's order
+        self._applies_slowly = False  # until raft-applier has caught up
         self._waiting = Waiting()
         self._links = PeerLinks(self._make_link)
         self._seen = (Role.FOLLOWER, self._core.term, self._core.leader_id)
@@ -397,7 +401,8 @@ class RaftNode:
         with self._own_bugs, self._lock:
             if self._core.role is not Role.LEADER:
                 raise self._not_primary_locked()
-            if self._links.dead.issuperset(self._others_locked()):
+            others = set(self._core.membership.voters) - {self.identity.member_id}
+            if others <= self._links.dead:
                 raise BusyError("no other voter lives")
             try:
                 self._core.transfer_to(target)
@@ -416,10 +421,6 @@ class RaftNode:
                     break
                 self._primary_changed.wait(TICK_S)
         raise BusyError("the leadership was not taken over in time: this node goes on")
-
-    def _others_locked(self) -> set[MemberId]:
-        """The other voters."""
-        return set(self._core.membership.voters) - {self.identity.member_id}
 
     def open_backup(self) -> SnapshotReader:
         """The state that this node saves now, as bytes. Raises OSError, StateDbError."""
@@ -460,23 +461,13 @@ class RaftNode:
 
     def room_trouble(self) -> str:
         """Of a primary: why its clients may not write all; "" if they may."""
-        if self.room is Room.PLENTY or not self.is_primary:
-            return ""
-        what = "all but deletions" if self.room is Room.SHORT else "all writes"
-        where = "a majority's disks are" if self._disk_watch.room < self.room else "the disk is"
-        return f"{where} almost full: {what} are refused until there is room"
+        return self._disk_watch.room_trouble(self.room) if self.is_primary else ""
 
     def _member_status_locked(self, member: Member) -> MemberStatus:
-        core, match_index = self._core, None
-        if core.role is Role.LEADER:
-            progress = core.progress.get(member.member_id)
-            match_index = progress.match_index if progress else core.log.stable_index
-        lag = None if match_index is None else core.log.last_index - match_index
         link = self._links.get(member.member_id)
         state = "" if link is None else "up" if link.is_up else link.last_error or "not tried yet"
-        is_primary = member.member_id == core.leader_id
         snapshot = self._keeper.progress().get(member.member_id)
-        return MemberStatus(member, is_primary, match_index, lag, state, snapshot)
+        return MemberStatus.of(self._core, member, state, snapshot)
 
     # ---- Caller holds _lock --------------------------------------------------------------------
 
@@ -523,9 +514,8 @@ class RaftNode:
         self._keeper.lead(core.term if core.role is Role.LEADER else 0)
         leader = self._primary_locked()
         name = leader.node_id if leader else core.leader_id
-        effects.append(
-            partial(log.info, "role=%s term=%d leader=%s", node_role(self._core), core.term, name)
-        )
+        role = node_role(core)
+        effects.append(partial(log.info, "role=%s term=%d leader=%s", role, core.term, name))
         return effects
 
     def _fail_waiting_locked(self, committed: int, error: OutcomeUnknownError) -> list[Effect]:
@@ -538,9 +528,8 @@ class RaftNode:
         self._seen_membership = membership
         voters = ",".join(m.node_id for m in membership.members if m.voter)
         learners = ",".join(m.node_id for m in membership.members if not m.voter)
-        effects: list[Effect] = [
-            partial(log.info, "members voters=%s learners=%s", voters, learners)
-        ]
+        text = "members voters=%s learners=%s"
+        effects: list[Effect] = [partial(log.info, text, voters, learners)]
         news = (m for m in membership.found_anew(former) if m.member_id != self.identity.member_id)
         effects += map(self._links.to, news)
         self._links.dead.intersection_update(self._links)
@@ -676,8 +665,12 @@ class RaftNode:
         self._disk_watch.written()
         return True
 
-    def _apply_committed(self) -> None:
-        """Apply what is committed, unless another thread is at it; that one then goes on."""
+    def _apply_committed(self, *, may_take_long: bool = False) -> None:
+        """Apply what is committed, unless another thread is at it; that one then goes on.
+
+        What takes long is left to raft-applier, and what follows until that has caught up.
+        """
+        bytes_max = APPLY_BYTES_MAX if may_take_long else QUICK_BYTES_MAX
         while True:
             with self._lock:
                 if self._applying or self._stopping:
@@ -685,9 +678,11 @@ class RaftNode:
                 first = self._applied_index + 1
                 if first > self._core.commit_index:
                     return
-                entries = self._core.entries_to_apply(first, APPLY_BYTES_MAX)
-                if entries is None:
-                    self._apply_due.notify()  # they are on disk, which only raft-applier reads
+                # None: they are on disk, which only raft-applier reads.
+                entries = self._core.entries_to_apply(first, bytes_max)
+                is_slow = self._applies_slowly or (entries and len(entries[0].data) > bytes_max)
+                if not entries or (is_slow and not may_take_long):
+                    self._apply_due.notify()
                     return
                 self._applying = True
             self._apply(entries)
@@ -731,7 +726,7 @@ class RaftNode:
     def _run_applier(self) -> None:
         next_upkeep_s = 0.0
         while not self._stopping:
-            self._apply_committed()
+            self._apply_committed(may_take_long=True)
             with self._lock:
                 first = self._applied_index + 1
                 # Further the disk may still hold what was replaced in memory.
@@ -740,6 +735,7 @@ class RaftNode:
                 if on_disk:
                     self._applying = True
                 else:
+                    self._applies_slowly = False
                     self._apply_due.wait(UPKEEP_INTERVAL_S)
             if on_disk:
                 self._apply(self._disk.read(first, last, APPLY_BYTES_MAX))
@@ -748,18 +744,22 @@ class RaftNode:
                 self._do_upkeep()
 
     def _apply(self, entries: Sequence[Entry]) -> None:
-        store = self.store
         replies: list[Reply] = []
+        until_s = self._clock() + QUICK_S
         with self.store_lock:
             for index, _, kind, data in entries:
+                if self._clock() > until_s and replies:
+                    break
                 if kind is EntryKind.COMMAND:
-                    replies.append(store.apply(index, data))
+                    replies.append(self.store.apply(index, data))
                 else:
-                    store.skip(index)
+                    self.store.skip(index)
                     replies.append(None)
+        entries = entries[: len(replies)]
         last = entries[-1]
         with self._lock:
             self._applying = False
+            self._applies_slowly = self._applies_slowly or self._clock() > until_s
             self._apply_over.notify()
             self._applied_index = last.index
             self._core.applied_to(last.index)

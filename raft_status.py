@@ -70,6 +70,17 @@ class MemberStatus:
     link: str  # from this node to it: "up", or why not; "" for this node itself
     snapshot: float | None  # the share of the state that it has, while it is sent; None: it is not
 
+    @classmethod
+    def of(cls, core: RaftCore, member: Member, link: str, snapshot: float | None) -> MemberStatus:
+        """How this node's core sees it."""
+        match_index = None
+        if core.role is Role.LEADER:
+            progress = core.progress.get(member.member_id)
+            match_index = progress.match_index if progress else core.log.stable_index
+        lag = None if match_index is None else core.log.last_index - match_index
+        is_primary = member.member_id == core.leader_id
+        return cls(member, is_primary, match_index, lag, link, snapshot)
+
 
 @dataclass(frozen=True, slots=True)
 class NodeStatus:

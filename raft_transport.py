@@ -23,6 +23,7 @@ import errno
 import logging
 import os
 import random
+import re
 import select
 import socket
 import threading
@@ -55,6 +56,7 @@ SENDERS_MAX: Final = 64  # connections that have: more than any sensible cluster
 CONNECT_TIMEOUT_S: Final = 1.0
 KEEPALIVE_IDLE_S: Final = 2
 LATER: Final = b""  # instead of a frame: there is one, but to get it takes waiting
+NUMBER: Final = re.compile(r"\b[0-9a-f]*[0-9][0-9a-f]*\b")  # or an id
 BACKOFF_S_MIN: Final = 0.05
 BACKOFF_S_MAX: Final = 1.0
 
@@ -346,8 +348,13 @@ class PeerLink:
     # ---- Any thread ----
 
     def start(self) -> None:
-        """Begin to dial."""
-        self._thread.start()
+        """Begin to dial. If there is no thread left for that, ``post`` and ``kick`` try again."""
+        try:
+            with self._lock:
+                if self._thread.ident is None and not self._closing:
+                    self._thread.start()
+        except RuntimeError as error:
+            self._note_failure(logging.WARNING, _reason(error))
 
     @property
     def is_up(self) -> bool:
@@ -364,6 +371,8 @@ class PeerLink:
         if self._channel is not None:
             self._queue.append(message)
             self.push()
+        elif self._thread.ident is None:
+            self.start()
 
     def push(self) -> None:
         """Send what is posted and what ``source`` has, if the link is up; never waits.
@@ -397,6 +406,7 @@ class PeerLink:
         if self._channel is None:
             self._kicked = True
             self._wakeup.set()
+            self.start()
 
     def redirect(self, peer: Member) -> None:
         """The peer is to be dialled at this address from now on."""
@@ -412,14 +422,14 @@ class PeerLink:
             self._closing = True
             if self._sock is not None:
                 _cut(self._sock)
+            if self._thread.ident is None:
+                self._wakeup.close()  # as the thread would do in the end
         self._wakeup.set()
 
     def close(self, timeout_s: float = 2.0) -> None:
         """``end``, and wait. Not from a callback nor with a lock it may take."""
         self.end()
-        if self._thread.ident is None:
-            self._wakeup.close()
-        elif self._thread is not threading.current_thread():
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
         if self._thread.is_alive():
             log.warning("peer link does not end node=%s", self.peer.node_id)
@@ -743,25 +753,33 @@ class PeerListener:
         except (BlockingIOError, ConnectionAbortedError):
             return  # it has gone again
         except OSError as error:  # no file descriptors left, most likely
-            log.warning("cannot accept a peer: %s", error)
-            self._wakeup.wait(None, BACKOFF_S_MAX)
+            self._rest(error)
             return
         inbound = _Inbound(sock, host)
         inbound.thread = threading.Thread(
             target=self._receive, args=(inbound, handler), name="raft-recv-?", daemon=True
         )
-        with self._lock:
-            if self._closing:
-                sock.close()
-                return
-            # A member says its name at once: it is not the newest who holds up the others.
-            if len(self._unidentified) >= UNIDENTIFIED_MAX:
-                oldest = next(iter(self._unidentified))
-                del self._unidentified[oldest]
-                _cut(oldest.sock)
-            self._connections.add(inbound)
-            self._unidentified[inbound] = None
-            inbound.thread.start()
+        try:
+            with self._lock:
+                if self._closing:
+                    sock.close()
+                    return
+                # A member says its name at once: it is not the newest who holds up the others.
+                if len(self._unidentified) >= UNIDENTIFIED_MAX:
+                    oldest = next(iter(self._unidentified))
+                    del self._unidentified[oldest]
+                    _cut(oldest.sock)
+                inbound.thread.start()
+                self._connections.add(inbound)
+                self._unidentified[inbound] = None
+        except RuntimeError as error:  # no threads left: the peer dials again
+            sock.close()
+            self._rest(error)
+
+    def _rest(self, error: Exception) -> None:
+        """Who accepts at once again would keep a system busy that has run out of something."""
+        log.warning("cannot accept a peer: %s", error)
+        self._wakeup.wait(None, BACKOFF_S_MAX)
 
     # ---- Threads raft-recv-<node> ----
 
@@ -870,12 +888,13 @@ class PeerListener:
 
     def _log_change(self, who: str, text: str) -> None:
         """Log what is wrong with a caller, but not again at each of its retries."""
+        what = NUMBER.sub("", text)  # a stranger can send another length each time
         with self._lock:
-            if self._closing or self._logged.get(who) == text:
+            if self._closing or self._logged.get(who) == what:
                 return
             if len(self._logged) >= SENDERS_MAX:
                 self._logged.clear()
-            self._logged[who] = text
+            self._logged[who] = what
         log.warning("%s", text)
 
 

@@ -110,6 +110,14 @@ class DiskWatch:
             return f"the disk has {self._free_bytes >> 20} MiB left"
         return ""
 
+    def room_trouble(self, room: Room) -> str:
+        """What clients of this node may not write where the cluster has this ``room``; "" if all."""
+        if room is Room.PLENTY:
+            return ""
+        what = "all but deletions" if room is Room.SHORT else "all writes"
+        where = "a majority's disks are" if self.room < room else "the disk is"
+        return f"{where} almost full: {what} are refused until there is room"
+
     # ---- Without the lock: thread raft-log-writer; one writer, so that readers need none --------
 
     def look(self) -> None:

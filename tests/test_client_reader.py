@@ -17,7 +17,8 @@ import kv_session
 from kv_commands import encode_payload
 from kv_config import parse_settings
 from kv_errors import OutcomeUnknownError
-from kv_session import Service
+from kv_protocol import encode_request
+from kv_session import REPLIES_BYTES_MAX, Service, Session
 from kv_store import KeyValueStore
 from kv_store_server import ACCEPT_PAUSE_S, TCPServer
 from kv_types import Reply
@@ -50,9 +51,11 @@ class HangingNode:
         pending.error = OutcomeUnknownError("the disk hung")
         pending.finish()
 
-    def propose(self, payloads: Sequence[bytes]) -> None:
+    def propose(self, payloads: Sequence[bytes], *, blind: bool = False) -> Pending:
         assert self.purges is not None
-        self._apply(self.purges, payloads)
+        pending = Pending(1, len(payloads), 1, 0.0, lambda _: None)
+        pending.replies = self._apply(self.purges, payloads)
+        return pending
 
     def _apply(self, store: KeyValueStore, payloads: Sequence[bytes]) -> list[Reply]:
         return [store.apply(store.applied_index + 1, payload) for payload in payloads]
@@ -151,6 +154,36 @@ def test_large_json_for_a_line_then_no_thread_that_others_need_takes_it_apart(
     assert threads == {10: "read-clients", 1_000_000: "client-slow"}
 
 
+def test_short_pipeline_that_replaces_large_values_then_their_replies_are_made_in_pieces(
+    server: TCPServer, node: HangingNode
+) -> None:
+    """A few KiB asked for gigabytes at once, which ended one primary after the other."""
+    node.purges = store = server.service.store
+    store.apply(1, encode_payload(1, [b"SET", b"k", bytes(REPLIES_BYTES_MAX)]))
+    delivered: list[tuple[bytes, list[bytes]]] = []
+    session = Session(
+        server.service,
+        "a test",
+        deliver=lambda replies, more, _: delivered.append((replies, [*(more or ())])),
+        stop_reading=lambda: None,
+        is_gone=lambda: False,
+    )
+    request = b"SET k v NX GET".split()
+    pipeline = encode_request(request) * 20
+
+    session.receive(pipeline)
+    by_its_thread = [len(piece) for piece in session.answer()]
+    session.begin()
+    pending = node.propose([encode_payload(1, request)] * 20)
+    session.end_writes([request] * 20, pending, 0)
+    ((at_once, pieces),) = delivered
+
+    assert at_once == b""
+    for sizes in (by_its_thread, [*map(len, pieces)]):
+        assert sum(sizes) > 20 * REPLIES_BYTES_MAX
+        assert max(sizes) < 3 * REPLIES_BYTES_MAX
+
+
 def test_pipeline_behind_a_write_that_hangs_then_the_replies_keep_their_order(
     server: TCPServer, node: HangingNode
 ) -> None:
@@ -171,6 +204,32 @@ def test_pipeline_behind_a_write_that_hangs_then_the_replies_keep_their_order(
         lines = client.makefile("rb")
         assert b"UNKNOWN" in lines.readline()
         assert b"NOT_FOUND" in lines.readline()
+
+
+def test_reader_when_stuck_and_no_thread_is_left_then_another_takes_over_once_there_is(
+    server: TCPServer, node: HangingNode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that hangs and clients that took all threads must not end the node together."""
+    start = threading.Thread.start
+    refused = threading.Event()
+
+    def start_the_second_time(thread: threading.Thread) -> None:
+        if thread.name == "read-clients" and not refused.is_set():
+            refused.set()
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_the_second_time)
+    with connect(server) as writer, connect(server) as reader:
+        writer.sendall(b"SET a 1\n")
+        assert node.hangs.wait(30)
+        reader.sendall(b"GET a\n")
+
+        assert b"NOT_FOUND" in reader.recv(1000)
+
+        assert refused.is_set()
+        node.may_go_on.set()
+        assert b"UNKNOWN" in writer.recv(1000)
 
 
 def test_disk_when_almost_full_then_deletions_alone_are_accepted(

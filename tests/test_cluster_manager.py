@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,29 +105,83 @@ def test_start_when_one_node_is_dead_then_starts_that_one(cluster: Cluster):
     assert cluster.status().nodes[0].pid == pid
 
 
+@pytest.fixture
+def namesake(tmp_path: Path) -> Iterator[psutil.Popen]:
+    """A process that only waits, as node1 by its flags. Its name is one that is easily misread."""
+    program = tmp_path / "a) S 1 (b"
+    program.symlink_to(Path(sys.executable).resolve())
+    code = "import signal; signal.pause()"
+    process = psutil.Popen([str(program), "-c", code, "--node-id=node1"])
+    yield process
+    process.kill()
+    process.wait()
+
+
+def write_pid_file(cluster: Cluster, place: int, pid: int, start: Mapping[str, object]) -> None:
+    cluster.data_dir.mkdir(exist_ok=True)
+    cluster.nodes[place].pid_file.write_text(json.dumps({"pid": pid, **start, "port": 1}))
+
+
 @pytest.mark.slow
 @pytest.mark.cluster
 def test_start_when_a_pid_file_is_stale_then_its_process_is_not_taken_for_the_node(
-    cluster: Cluster,
+    cluster: Cluster, namesake: psutil.Popen
 ):
-    """A pid that another process has by now is told apart by its creation time and its flags."""
+    """A pid that another process has by now is told apart by its start and its flags."""
     own = psutil.Process()
-    code = "import signal; signal.pause()"
-    namesake = psutil.Popen([sys.executable, "-c", code, "--node-id=node1"])  # of another cluster
-    cluster.data_dir.mkdir()
-    processes = (namesake.pid, namesake.create_time() - 60), (own.pid, own.create_time())
-    for node, (pid, created) in zip(cluster.nodes, processes, strict=False):
-        node.pid_file.write_text(json.dumps({"pid": pid, "create_time": created, "port": 1}))
+    write_pid_file(cluster, 0, namesake.pid, {"create_time": namesake.create_time() - 60})
+    write_pid_file(cluster, 1, own.pid, cluster_nodes.start_of(own))
     cluster.nodes[2].pid_file.write_text("torn {")
 
-    try:
+    assert cluster.running() == []
+    assert cluster.end() == ["The cluster is not running."]
+    assert len(cluster.begin()) == 5
+    assert namesake.poll() is None
+
+
+def test_start_of_a_process_when_its_name_looks_like_fields_then_is_still_read_right(
+    namesake: psutil.Popen,
+):
+    """The clock ticks from the boot to its start, and which boot that was. Source: proc(5)."""
+    start = cluster_nodes.start_of(namesake)
+
+    since_boot_s = namesake.create_time() - psutil.boot_time()
+    assert start["start_ticks"] == round(since_boot_s * os.sysconf("SC_CLK_TCK"))
+    assert start["boot_id"] == Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+@pytest.mark.parametrize("other", [{"boot_id": "another"}, {"start_ticks": 1}])
+def test_running_when_the_pid_file_is_of_another_start_then_the_process_is_not_the_node(
+    cluster: Cluster, namesake: psutil.Popen, other: Mapping[str, object]
+):
+    """Another boot or another moment of this one: the pid was given anew."""
+    start = cluster_nodes.start_of(namesake)
+
+    for mark in ({**start, **other}, {"create_time": "?"}, {}):
+        write_pid_file(cluster, 0, namesake.pid, mark)
         assert cluster.running() == []
-        assert cluster.end() == ["The cluster is not running."]
-        assert len(cluster.begin()) == 5
-        assert namesake.poll() is None
-    finally:
-        namesake.kill()
-        namesake.wait()
+
+    write_pid_file(cluster, 0, namesake.pid, start)
+    assert cluster.running() == ["node1"]
+
+
+@pytest.mark.parametrize(("off_s", "running"), [(0.5, ["node1"]), (-0.5, ["node1"]), (60, [])])
+def test_running_when_the_pid_file_has_a_creation_time_then_that_counts(
+    cluster: Cluster, namesake: psutil.Popen, off_s: float, running: list[str]
+):
+    """So it is without /proc, and so earlier versions wrote it on Linux, too."""
+    write_pid_file(cluster, 0, namesake.pid, {"create_time": namesake.create_time() + off_s})
+
+    assert cluster.running() == running
+
+
+def test_start_of_a_process_when_there_is_no_proc_then_is_its_creation_time(
+    namesake: psutil.Popen, tmp_path: Path, monkeypatch
+):
+    """On macOS there is nothing better."""
+    monkeypatch.setattr(cluster_nodes, "PROC", tmp_path / "missing")
+
+    assert cluster_nodes.start_of(namesake) == {"create_time": namesake.create_time()}
 
 
 @pytest.mark.parametrize("offset", [1, 1 + PEER_PORT_OFFSET])
@@ -402,6 +456,22 @@ def test_stop_when_all_run_then_stops_the_primary_last(cluster: Cluster):
     assert cluster.running() == []
     assert not list(cluster.data_dir.glob("*.pid"))
     assert cluster.end() == ["The cluster is not running."]
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_stop_when_the_clock_was_set_since_the_start_then_still_finds_the_nodes(make, monkeypatch):
+    """Creation times move with each step of the clock: NTP's, or that of a resumed machine."""
+    starter = make(nodes=2)
+    starter.begin()
+    other = make(nodes=2, base_port=starter.base_port)  # one that did not start them
+    created = psutil.Process.create_time
+    monkeypatch.setattr(psutil.Process, "create_time", lambda process: created(process) + 5)
+
+    assert other.running() == ["node1", "node2"]
+    assert [node.alive for node in other.status().nodes] == [True, True]
+    assert len(other.end()) == 3  # two are stopped, and the cluster is
+    assert starter.running() == []
 
 
 def test_stop_when_there_was_never_a_cluster_then_succeeds_and_leaves_no_trace(cluster: Cluster):

@@ -13,6 +13,7 @@ from kv_commands import (
     COMMANDS,
     INT64_MAX,
     INT64_MIN,
+    KEY_BYTES_MAX,
     PATTERN_BYTES_MAX,
     Once,
     acting,
@@ -278,6 +279,34 @@ def test_acting_when_in_a_session_then_is_the_command_in_it() -> None:
     assert acting(words("session do 1 2 1 set k v")) == words("set k v")
     for line in ("set k v", "session open", "mset a 1 b 2 c 3"):
         assert acting(words(line)) == words(line)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "SET {} v",
+        "INCR {}",
+        "MSET a 1 {} 2",
+        "DEL a {}",
+        "EXPIRE {} 9",
+        "SESSION DO 1 1 1 SET {} v",
+    ],
+)
+def test_check_of_a_write_when_a_key_is_too_long_then_refused(line: str) -> None:
+    """KEYS compares a pattern with all of a key, and no other thread runs meanwhile."""
+    longest = "k" * KEY_BYTES_MAX
+
+    assert refusal(line.format(longest)) == ""
+    with pytest.raises(TooLargeError, match="a key may have 65536 bytes at most"):
+        check(words(line.format(longest + "k")))
+
+
+def test_check_when_only_values_are_long_or_nothing_is_written_then_passed() -> None:
+    """The limit is not for values; and to read a key that can't be there does no harm."""
+    longer = "k" * (KEY_BYTES_MAX + 1)
+
+    for line in ("SET k {}", "MSET a {} b {}", "GET {}", "MGET a {}"):
+        assert refusal(line.format(longer, longer)) == ""
 
 
 def test_check_when_passed_then_returns_the_row() -> None:

@@ -7,7 +7,7 @@ import math
 import time
 import tracemalloc
 from collections.abc import Iterable, Iterator
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 from hypothesis import given
@@ -681,6 +681,13 @@ def test_json_when_bytes_are_anything_then_readable_and_text_is_lossless(data: b
         assert text_or_json_bytes(found) == data
 
 
+def nested(depth: int, value: object) -> object:
+    """``value`` in so many lists."""
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
 @pytest.mark.parametrize(
     ("data", "found"),
     [
@@ -694,6 +701,13 @@ def test_json_when_bytes_are_anything_then_readable_and_text_is_lossless(data: b
         (b"9" * 5000, "9" * 5000),
         (b"[" * 100_000, "[" * 100_000),
         (b"[" * 300 + b"]" * 300, "[" * 300 + "]" * 300),
+        (b"[" * 256 + b"1" + b"]" * 256, nested(256, 1)),
+        (b"[" * 257 + b"1" + b"]" * 257, "[" * 257 + "1" + "]" * 257),
+        (b"[" * 257 + b"]" * 257, nested(256, [])),
+        (b'{"a":' * 257 + b"{ }" + b"}" * 257, '{"a":' * 257 + "{ }" + "}" * 257),
+        (b"[" + b"[[1]]," * 300 + b"{}]", [[[1]]] * 300 + [{}]),
+        (b'["' + b'\\"[' * 300 + b'"]', ['"[' * 300]),
+        (b'"\\\\", ' + b"[" * 300, '"\\\\", ' + "[" * 300),
         (b'"\xff"', '"\udcff"'),
         (b"", ""),
     ],
@@ -703,15 +717,31 @@ def test_json_when_not_strict_or_a_bomb_then_text(data: bytes, found: object) ->
     assert json_or_text(data) == found
 
 
+@pytest.mark.parametrize("text", ["[" * 258, '[{"a":' * 15_000, '["]",' * 300, "[1, " * 257 + "]"])
+def test_json_when_nested_too_deep_then_the_recursive_reader_never_sees_it(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Python 3.13 it outgrows the stack of a server's thread, and the process dies."""
+    reader = Mock()
+    monkeypatch.setattr("kv_protocol._JSON", reader)
+
+    assert json_or_text(text.encode()) == text
+    assert not reader.decode.called
+
+
+@pytest.mark.parametrize("tail", [b'"' + b'\\"' * 500_000, b"[ " * 200 + b" " * 500_000, b'"\\'])
+def test_json_when_it_has_many_brackets_then_the_time_is_linear(tail: bytes) -> None:
+    """A string that never ends, full of escaped quotes, is looked through once."""
+    data = b"[" + b"[]," * 300 + tail
+    began_s = time.process_time()
+
+    assert json_or_text(data) == data.decode()
+    assert time.process_time() - began_s < 5
+
+
 def test_json_when_value_cannot_be_json_then_refused() -> None:
     """The client hears of it before anything is sent."""
-    deep: list[object] = []
-    for _ in range(300):
-        deep = [deep]
-    deeper: list[object] = deep
-    for _ in range(5000):
-        deeper = [deeper]
-    for value in (math.nan, [math.inf], deep, deeper, 10**5000):
+    for value in (math.nan, [math.inf], nested(300, []), nested(5300, []), 10**5000):
         with pytest.raises(ValueError):
             text_or_json_bytes(value)
     with pytest.raises(TypeError):

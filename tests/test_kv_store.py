@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kv_commands import COMMANDS, encode_payload
-from kv_errors import BadRequestError, KVError, MismatchError
+from kv_errors import BadRequestError, KVError, MismatchError, TooLargeError
 from kv_store import (
     EXPIRED_KEYS_BYTES_MAX,
     EXPIRED_PAIRS_MAX,
@@ -436,6 +436,19 @@ def test_append_when_the_value_would_pass_512_mb_is_refused(
 
     assert reply == "!string exceeds maximum allowed size (proto-max-bulk-len)"
     assert node.read(b"GET", b"a") == b"1234"
+
+
+def test_mget_when_the_values_are_more_than_512_mb_is_refused(node: Node) -> None:
+    """A value that is named often enough would fill the memory, whatever it weighs itself."""
+    count = 32
+    value = bytes(VALUE_BYTES_MAX // count)
+    node.write(b"SET", b"a", value)
+    node.write(b"SET", b"b", b"1")
+
+    assert node.read(b"MGET", *[b"a"] * count, b"none") == [value] * count + [None]
+    reply = node.store.read([b"MGET", *[b"a"] * count, b"b"], NOW)
+    assert isinstance(reply, TooLargeError)  # as a reply: who reads for many clients must not fail
+    assert str(reply) == "the values of one MGET may have 536870912 bytes at most"
 
 
 def test_value_when_binary_comes_back_unchanged(node: Node) -> None:

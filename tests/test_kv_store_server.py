@@ -215,6 +215,8 @@ def test_hello_when_it_asks_for_a_version_then_the_connection_speaks_it(single: 
     [
         ("HELLO abc", "ERR Protocol version is not an integer or out of range"),
         ("HELLO 9", "NOPROTO unsupported protocol version"),
+        ("HELLO 3 SETNAME a SETNAME", "ERR Syntax error in HELLO option 'SETNAME'"),
+        ("COMMAND INFO" + " get" * 200, "ERR COMMAND INFO and DOCS may name "),
         ("WAIT x 1", "ERR value is not an integer or out of range"),
         ("WAIT 1 x", "ERR timeout is not an integer or out of range"),
         ("CLIENT ID x", "ERR wrong number of arguments for 'client|id' command"),

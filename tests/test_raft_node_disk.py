@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import threading
+import time
 from collections.abc import Callable, Sequence
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 import raft_node
 import raft_snapshots
 from kv_errors import NoSpaceError, NotPrimaryError, OutcomeUnknownError
+from kv_types import Reply
 from raft_log import RaftLog
 from raft_status import NodeRole
 from raft_types import AppendEntries, Entry, HardState, Ready, Room, Snapshot
@@ -285,3 +287,32 @@ def test_follower_when_far_behind_the_leaders_memory_then_it_catches_up_from_dis
     trio.await_applied(done.last)
     assert late.holds("k0") == late.holds("k1999") == b"x" * 100
     assert late.status.state_hash == leader.status.state_hash
+
+
+def test_applying_when_it_takes_long_then_the_threads_that_hear_peers_leave_it(
+    make_trio: Callable[..., Trio], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that is deaf meanwhile is taken for dead, or takes the others for that."""
+    trio = make_trio()
+    leader = trio.leader()
+    leader.set("k", "before")
+    by: dict[str, list[str]] = {"quick": [], "slow": [], "large": []}
+    term, apply = leader.status.term, leader.store.apply
+
+    def slow(index: int, data: bytes) -> Reply:
+        (key,) = [key for key in by if key.encode() in data] or ["quick"]
+        by[key].append(threading.current_thread().name)
+        if key == "slow":
+            time.sleep(2 * raft_node.QUICK_S)
+        return apply(index, data)
+
+    monkeypatch.setattr(leader.store, "apply", slow)
+    for _ in range(5):
+        leader.node.propose([command("SET", "quick", "1")])
+    leader.node.propose([command("SET", "slow", "1")] * 20)
+    leader.node.propose([command("SET", "large", "1" * (2 * raft_node.QUICK_BYTES_MAX))])
+
+    assert set(by["slow"][1:]) == set(by["large"]) == {"raft-applier"}
+    assert len(by["slow"]) == 20
+    assert set(by["quick"]) != {"raft-applier"}  # which is what makes them quick
+    assert leader.status.term == term
