@@ -600,17 +600,17 @@ class KVStoreClient:
             excuses[address] = _excuse(failure)
             if isinstance(failure, NoSessionError):
                 self._forget_session(session)
+            # A redirect is followed at once, unless it leads back to where this call has been:
+            # nodes may point at each other, or at the dead.
+            follows = isinstance(failure, NotPrimaryError) and _primary_of(failure) not in excuses
+            if waiting and not follows:
+                time.sleep(min(next(pauses), max(0.0, deadline - time.monotonic())))
+            # Of an attempt that has no time left one would learn only that it may have been done.
             if time.monotonic() >= deadline:
                 told = "; ".join(f"{node}: {excuse}" for node, excuse in excuses.items())
                 for call in waiting:
                     call.give_up(f"No primary answered within {self._timeout_s:g} s ({told}).")
                 return
-            # A redirect is followed at once, unless it leads back to where this call has been:
-            # nodes may point at each other, or at the dead.
-            if isinstance(failure, NotPrimaryError) and _primary_of(failure) not in excuses:
-                continue
-            if waiting:
-                time.sleep(min(next(pauses), _seconds_until(deadline)))
 
     def _attempt(self, address: Address, calls: Sequence[_Call], deadline: float) -> KVError | None:
         """Send the calls to one node and hand them its answers; what went wrong, if anything."""
