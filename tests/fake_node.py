@@ -34,6 +34,7 @@ from typing import Any, NoReturn
 
 import psutil
 
+from cluster_nodes import is_of, start_of
 from kv_config import EXIT_REMOVED, Settings, parse_settings
 
 Fields = dict[str, Any]
@@ -54,7 +55,7 @@ class FakeNode(socketserver.ThreadingTCPServer):
         self.stays_learner = learner or misbehaves(settings, "LEARNER")
         self.refusals_left = 2 if misbehaves(settings, "BUSY") else 0
         self.started = time.monotonic()
-        self.process = [os.getpid(), psutil.Process().create_time()]
+        self.process = [os.getpid(), start_of(psutil.Process())]
         self.path = settings.data_dir / "identity.json"
         self.shared_path = settings.data_dir.parent / "fake.json"
         settings.data_dir.mkdir(parents=True, exist_ok=True)
@@ -233,11 +234,11 @@ class LineHandler(socketserver.StreamRequestHandler):
 
 
 def lives(member: Fields) -> bool:
-    pid, created = member["process"]
+    pid, start = member["process"]
     try:
         process = psutil.Process(pid)
         ended = process.status() == psutil.STATUS_ZOMBIE
-        return not ended and abs(process.create_time() - created) < 1
+        return not ended and is_of(process, start)
     except psutil.NoSuchProcess:
         return False
 
