@@ -510,7 +510,7 @@ class Session:
         pieces = self._encoded(done, replies, first)
         more = self._read_all(rest) if rest else None
         limit_bytes = LINES_BYTES_MAX if self.parser.language == "lines" else REPLIES_BYTES_MAX
-        if reply_size_bytes([*replies]) > limit_bytes:
+        if sum(map(reply_size_bytes, replies)) > limit_bytes:
             self._deliver(b"", itertools.chain(pieces, more or ()), self._under_way.release)
         else:
             self._deliver(b"".join(pieces), more, self._under_way.release)

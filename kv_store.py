@@ -88,6 +88,18 @@ class ExpiredKeysError(Exception):
         self.pairs = pairs  # key, deadline in ms
 
 
+def _for_one_purge(pairs: Iterable[tuple[bytes, int]]) -> list[tuple[bytes, int]]:
+    """The first of these, at least one, whose keys make an entry of a bearable size."""
+    taken: list[tuple[bytes, int]] = []
+    room_bytes = EXPIRED_KEYS_BYTES_MAX
+    for pair in pairs:
+        room_bytes -= len(pair[0])
+        if taken and room_bytes < 0:
+            break
+        taken.append(pair)
+    return taken
+
+
 def purge_request(pairs: Iterable[tuple[bytes, int]]) -> list[bytes]:
     """The PURGE command for keys and their deadlines, as the primary proposes it."""
     request = [b"PURGE"]
@@ -496,20 +508,16 @@ class KeyValueStore:
         now_ms = max(now_ms, self.last_stamp_ms)
         heap = self._heap
         found: list[tuple[int, bytes]] = []
-        room_bytes = EXPIRED_KEYS_BYTES_MAX
         while heap and heap[0][0] <= now_ms and len(found) < limit:
-            deadline_ms, key = pair = heap[0]
+            pair = heapq.heappop(heap)
+            deadline_ms, key = pair
             # A pair pushed twice comes twice in a row.
             if self._deadlines.get(key) == deadline_ms and (not found or found[-1] != pair):
-                if found and len(key) > room_bytes:
-                    break
                 found.append(pair)
-                room_bytes -= len(key)
-            heapq.heappop(heap)
         # They stay until a PURGE has been applied: the caller's proposal may fail.
         for pair in found:
             heapq.heappush(heap, pair)
-        return [(key, deadline_ms) for deadline_ms, key in found]
+        return _for_one_purge((key, deadline_ms) for deadline_ms, key in found)
 
     # ---- Changes: every one goes through these ----
 
@@ -753,13 +761,7 @@ class KeyValueStore:
             for key in keys
             if (deadline_ms := deadlines.get(key)) is not None and deadline_ms <= now_ms
         )
-        pairs: list[tuple[bytes, int]] = []
-        room_bytes = EXPIRED_KEYS_BYTES_MAX
-        for pair in islice(due, EXPIRED_PAIRS_MAX):
-            if pairs and len(pair[0]) > room_bytes:
-                break
-            pairs.append(pair)
-            room_bytes -= len(pair[0])
+        pairs = _for_one_purge(islice(due, EXPIRED_PAIRS_MAX))
         if pairs:
             raise ExpiredKeysError(pairs)
 
