@@ -62,7 +62,8 @@ class FakeNode(socketserver.ThreadingTCPServer):
         if self.path.exists():
             self.identity = json.loads(self.path.read_text())
         else:
-            self.identity = {"cluster_id": "", "member_id": secrets.token_hex(8)}
+            self.identity = {"member_id": secrets.token_hex(8)}
+            self.belong_to("")
         if misbehaves(settings, "FOREIGN"):
             self.belong_to("elsewhere")
         if not self.identity["cluster_id"] and settings.primary:
@@ -70,6 +71,7 @@ class FakeNode(socketserver.ThreadingTCPServer):
                 shared.update(cluster_id=secrets.token_hex(8), term=1, members={})
                 self.join(shared)
                 shared["primary"] = self.member_id
+            self.belong_to(shared["cluster_id"])
 
     @property
     def member_id(self) -> str:
@@ -111,7 +113,6 @@ class FakeNode(socketserver.ThreadingTCPServer):
             "voter": not self.stays_learner,
             "process": self.process,
         }
-        self.belong_to(shared["cluster_id"])
 
     def live(self) -> None:
         """Join, take the lead, notice a removal: what a node does by itself."""
@@ -120,6 +121,9 @@ class FakeNode(socketserver.ThreadingTCPServer):
                 with self.change() as shared:
                     if self.has_to_act(shared):
                         self.act(shared)
+                # Not before all can read it: a node of the cluster that is no member was removed.
+                if self.member_id in shared["members"] and not self.identity["cluster_id"]:
+                    self.belong_to(shared["cluster_id"])
             time.sleep(0.02)
 
     def has_to_act(self, shared: Fields) -> bool:

@@ -112,6 +112,7 @@ def namesake(tmp_path: Path) -> Iterator[psutil.Popen]:
     program.symlink_to(Path(sys.executable).resolve())
     code = "import signal; signal.pause()"
     process = psutil.Popen([str(program), "-c", code, "--node-id=node1"])
+    eventually(process.cmdline)  # a moment after exec, the kernel has none yet
     yield process
     process.kill()
     process.wait()
